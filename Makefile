@@ -1,0 +1,75 @@
+# Each target makes .venv and installs what it needs by itself, once: a stamp named
+# after the contents of pyproject.toml and the constraints says that it is there.
+# With the stamps in place nothing here touches the network.
+
+VENV        ?= .venv
+CONSTRAINTS ?= requirements/constraints.txt
+ARGS        ?=
+
+python := $(VENV)/bin/python
+pytest := $(python) -m pytest
+stamp  := $(VENV)/.installed-$(shell cat pyproject.toml $(CONSTRAINTS) | cksum | cut -d' ' -f1)
+install = $(python) -m pip install --quiet --disable-pip-version-check \
+          --constraint $(CONSTRAINTS) --editable ".[$(1)]"
+
+.PHONY: help
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: pretrain
+pretrain: $(stamp)-examples ## Pretrain a tiny GPT-2 on real text; ARGS="--steps 50" passes options
+	$(python) examples/pretrain_gpt2.py $(ARGS)
+
+.PHONY: test
+test: $(stamp)-dev ## Run the test suite; ARGS="-k name" passes options
+	$(pytest) --numprocesses=auto --maxprocesses=4 --quiet $(ARGS)
+
+.PHONY: check
+check: $(stamp)-dev ## Check format, lint and types, and run the doctests
+	$(python) -m ruff format --check .
+	$(python) -m ruff check .
+	$(python) -m mypy
+	JAX_PLATFORMS=cpu $(pytest) --doctest-modules --quiet came_optax
+
+.PHONY: parity
+parity: $(stamp)-parity ## Compare with came-pytorch and transformers (installs PyTorch)
+	$(pytest) -m parity --quiet tests/parity $(ARGS)
+
+.PHONY: docs
+docs: $(stamp)-docs ## Build the documentation into docs/_build/html
+	$(python) -m sphinx -W --keep-going -b html docs docs/_build/html
+
+.PHONY: bench
+bench: $(stamp)-examples ## Run every benchmark; results go to benchmarks/results
+	for script in benchmarks/*.py; do $(python) $$script || exit 1; done
+
+.PHONY: clean
+clean: ## Remove .venv, caches and builds; training runs stay
+	rm -rf $(VENV) build dist docs/_build .hypothesis .mypy_cache .pytest_cache .ruff_cache
+
+$(VENV)/.created:
+	@for candidate in $(PYTHON) python3.11 python3 python3.13 python3.12; do \
+	  if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
+	  then found=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  echo "No Python 3.11 or newer found; name one with make PYTHON=..." >&2; exit 1; \
+	fi; \
+	if ! $$found -c 'import ensurepip, venv' 2>/dev/null; then \
+	  echo "$$found cannot make virtual environments;" \
+	       "on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; \
+	fi; \
+	echo "Making $(VENV) with $$($$found --version)"; \
+	$$found -m venv --clear $(VENV)
+	@touch $@
+
+$(stamp)-%: $(VENV)/.created
+	@echo "Installing what 'make $(MAKECMDGOALS)' needs into $(VENV)"
+	$(call install,$*)
+	@touch $@
+
+# These hold the examples extra too, so that `make pretrain` then needs no network.
+$(stamp)-dev $(stamp)-docs $(stamp)-parity: $(VENV)/.created
+	@echo "Installing what 'make $(MAKECMDGOALS)' needs into $(VENV)"
+	$(call install,$(patsubst $(stamp)-%,%,$@))
+	@touch $@ $(stamp)-examples

@@ -1,0 +1,29 @@
+"""Settings that every test shares."""
+
+import importlib.util
+import os
+
+# Eight devices, so that sharding is tested on any machine; read when jax starts.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import hypothesis
+import jax
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Each example may compile, hence no deadline; derandomised, so that a failure in CI is
+# the same failure here.
+hypothesis.settings.register_profile(
+    "default", max_examples=25, deadline=None, derandomize=True
+)
+hypothesis.settings.register_profile("nightly", max_examples=2_000, deadline=None)
+hypothesis.settings.load_profile("default")
+
+# Without the `parity` extra a plain `pytest` passes over its tests. A run that names
+# tests/parity fails on the missing import instead.
+if any(importlib.util.find_spec(name) is None for name in ("torch", "came_pytorch")):
+    collect_ignore = ["parity"]
