@@ -1,0 +1,33 @@
+"""CAME (Luo et al., ACL 2023) as a composable Optax gradient transformation."""
+
+from came_optax._came import came, scale_by_came
+from came_optax._confidence import ScaleByConfidenceState, scale_by_confidence
+from came_optax._factored_moment import (
+    ScaleByFactoredMomentState,
+    scale_by_factored_moment,
+)
+from came_optax._factoring import (
+    BalancedSplit,
+    FactoredAxes,
+    FactoringRule,
+    LargestTwoAxes,
+    LastTwoAxes,
+    Stacked,
+)
+from came_optax._version import __version__
+
+__all__ = [
+    "BalancedSplit",
+    "FactoredAxes",
+    "FactoringRule",
+    "LargestTwoAxes",
+    "LastTwoAxes",
+    "ScaleByConfidenceState",
+    "ScaleByFactoredMomentState",
+    "Stacked",
+    "__version__",
+    "came",
+    "scale_by_came",
+    "scale_by_confidence",
+    "scale_by_factored_moment",
+]

@@ -1,0 +1,216 @@
+"""CAME, composed of its two halves."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from came_optax._checks import check_scalar, check_threshold
+from came_optax._clipping import clip_by_leaf_rms
+from came_optax._confidence import scale_by_confidence
+from came_optax._factored_moment import scale_by_factored_moment
+from came_optax._factoring import FactoringRule, LastTwoAxes
+from came_optax._statistics import real_dtype
+
+
+def scale_by_came(
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    b3: jax.typing.ArrayLike = 0.9999,
+    eps1: jax.typing.ArrayLike = 1e-30,
+    eps2: jax.typing.ArrayLike = 1e-16,
+    clipping_threshold: jax.typing.ArrayLike | None = 1.0,
+    *,
+    factoring: FactoringRule = LastTwoAxes(),
+    mu_dtype: str = "float32",
+    bias_correction: bool = False,
+    update_clipping_threshold: jax.typing.ArrayLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Rescales updates by the CAME algorithm, without learning rate or weight decay.
+
+    The chain of :func:`scale_by_factored_moment`, a clip of each leaf's root mean
+    square, and :func:`scale_by_confidence`, computed in float32 (float64 for float64
+    parameters) throughout. See :func:`came` for the equations.
+
+    Args:
+      b1: decay rate of the momentum, :math:`\beta_1`; 0 ≤ b1 < 1.
+      b2: decay rate of the second moment, :math:`\beta_2`; 0 ≤ b2 < 1.
+      b3: decay rate of the instability, :math:`\beta_3`; 0 ≤ b3 < 1.
+      eps1: added to the squared gradient, :math:`\varepsilon_1`; > 0.
+      eps2: added to the instability, :math:`\varepsilon_2`; > 0.
+      clipping_threshold: largest root mean square of u, :math:`d`; > 0, or None.
+      factoring: which axes of each leaf are rows and columns.
+      mu_dtype: how momentum is stored: ``"float32"`` or ``"bfloat16"``.
+      bias_correction: correct the second moment, the momentum of the update and the
+        instability for their start at zero.
+      update_clipping_threshold: largest root mean square of a leaf's final update; > 0,
+        or None.
+
+    Returns:
+      A transformation whose updates have the parameters' dtype (without ``params``:
+      the gradients').
+
+    Raises:
+      ValueError: an argument or a leaf's axes are out of range.
+      TypeError: at ``init``, for integer parameters.
+
+    References:
+      Luo et al., `CAME <https://arxiv.org/abs/2307.02047>`_, 2023.
+    """
+    check_threshold("clipping_threshold", clipping_threshold)
+    check_threshold("update_clipping_threshold", update_clipping_threshold)
+    inner = optax.chain(
+        scale_by_factored_moment(
+            b2, eps1, factoring=factoring, bias_correction=bias_correction
+        ),
+        clip_by_leaf_rms(clipping_threshold, factoring),
+        scale_by_confidence(
+            b1,
+            b3,
+            eps2,
+            factoring=factoring,
+            mu_dtype=mu_dtype,
+            bias_correction=bias_correction,
+        ),
+        clip_by_leaf_rms(update_clipping_threshold, factoring),
+    )
+    return _in_full_precision(inner)
+
+
+def came(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    b3: jax.typing.ArrayLike = 0.9999,
+    eps1: jax.typing.ArrayLike = 1e-30,
+    eps2: jax.typing.ArrayLike = 1e-16,
+    clipping_threshold: jax.typing.ArrayLike | None = 1.0,
+    weight_decay: float | jax.Array = 0.0,
+    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
+    *,
+    factoring: FactoringRule = LastTwoAxes(),
+    mu_dtype: str = "float32",
+    bias_correction: bool = False,
+    update_clipping_threshold: jax.typing.ArrayLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""CAME: Adam's momentum with Adafactor's memory, guided by confidence.
+
+    For each parameter :math:`\theta` with gradient :math:`g`, and all state zero at the
+    start:
+
+    .. math::
+
+        v_r &\leftarrow \beta_2 v_r + (1 - \beta_2)
+            \operatorname{mean}_{col}(|g|^2 + \varepsilon_1),
+            \quad v_c \text{ likewise} \\
+        u &= g \, / \sqrt{v_r v_c^\top / \operatorname{mean}(v_r)} \\
+        u &\leftarrow u \, / \max(1, \operatorname{RMS}(u) / d) \\
+        m &\leftarrow \beta_1 m + (1 - \beta_1) u \\
+        s_r &\leftarrow \beta_3 s_r + (1 - \beta_3)
+            \operatorname{mean}_{col}(|u - m|^2 + \varepsilon_2),
+            \quad s_c \text{ likewise} \\
+        \theta &\leftarrow \theta - \eta \left(
+            m \, / \sqrt{s_r s_c^\top / \operatorname{mean}(s_r)}
+            + \lambda \theta \right)
+
+    Vectors and scalars keep the full :math:`v`, and their update is :math:`m`. State
+    takes about 4 bytes per parameter, half of Adam's; 2 with ``mu_dtype="bfloat16"``.
+
+    The published algorithm (the default) corrects no bias, so that its first steps are
+    up to 11 times the learning rate: use warmup, or ``bias_correction=True``.
+
+    Gradients that are NaN or infinite pass through as such; ``optax.apply_if_finite``
+    is the guard. Means are global under ``jit`` with sharded arrays, but local inside
+    ``shard_map``, where the statistics of each shard would be its own.
+
+    Args:
+      learning_rate: step size :math:`\eta`, a number or a schedule.
+      b1: decay rate of the momentum, :math:`\beta_1`; 0 ≤ b1 < 1.
+      b2: decay rate of the second moment, :math:`\beta_2`; 0 ≤ b2 < 1.
+      b3: decay rate of the instability, :math:`\beta_3`; 0 ≤ b3 < 1.
+      eps1: added to the squared gradient, :math:`\varepsilon_1`; > 0.
+      eps2: added to the instability, :math:`\varepsilon_2`; > 0.
+      clipping_threshold: largest root mean square of u, :math:`d`; > 0, or None.
+      weight_decay: decoupled weight decay :math:`\lambda`, multiplied by the learning
+        rate; if not 0, ``update`` needs ``params``.
+      weight_decay_mask: a tree of bools (or a function from parameters to one) that is
+        True where weight decay applies, as in ``optax.add_decayed_weights``.
+      factoring: which axes of each leaf are rows and columns.
+      mu_dtype: how momentum is stored: ``"float32"`` (float64 for float64 parameters)
+        or ``"bfloat16"``.
+      bias_correction: correct the second moment, the momentum of the update and the
+        instability for their start at zero.
+      update_clipping_threshold: largest root mean square of a leaf's final update,
+        before learning rate and weight decay; > 0, or None.
+
+    Returns:
+      The optimizer. Its updates have the parameters' dtype (without ``params``: the
+      gradients').
+
+    Raises:
+      ValueError: an argument or a leaf's axes are out of range.
+      TypeError: at ``init``, for integer parameters.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from came_optax import came
+      >>> params = {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}
+      >>> loss = lambda p: jnp.sum((jnp.ones(3) @ p["kernel"] + p["bias"]) ** 2)
+      >>> tx = came(learning_rate=optax.warmup_constant_schedule(0.0, 1e-2, 10))
+      >>> state = tx.init(params)
+      >>> for _ in range(50):
+      ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> bool(loss(params) < 0.1)
+      True
+
+    References:
+      Luo et al., `CAME: Confidence-guided Adaptive Memory Efficient Optimization
+      <https://arxiv.org/abs/2307.02047>`_, ACL 2023.
+    """
+    check_scalar("weight_decay", weight_decay, at_least=0)
+    decays = not isinstance(weight_decay, int | float) or weight_decay != 0
+    return optax.chain(
+        scale_by_came(
+            b1,
+            b2,
+            b3,
+            eps1,
+            eps2,
+            clipping_threshold,
+            factoring=factoring,
+            mu_dtype=mu_dtype,
+            bias_correction=bias_correction,
+            update_clipping_threshold=update_clipping_threshold,
+        ),
+        optax.add_decayed_weights(weight_decay, weight_decay_mask)
+        if decays
+        else optax.identity(),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _in_full_precision(
+    inner: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """Runs a chain in float32 or wider, and rounds once, at its end."""
+
+    def widen(g: jax.Array) -> jax.Array:
+        if jnp.iscomplexobj(g):
+            return g
+        return g.astype(real_dtype(g.dtype))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, Any]:
+        like = updates if params is None else params
+        updates = jax.tree.map(widen, updates)
+        updates, state = inner.update(updates, state, params, **extra_args)
+        return jax.tree.map(lambda u, p: u.astype(p.dtype), updates, like), state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update_fn)

@@ -1,0 +1,194 @@
+"""The second half of CAME: momentum, and confidence in it."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from came_optax import _momentum as momentum
+from came_optax import _statistics as stats
+from came_optax._checks import (
+    KeyPath,
+    check_decay,
+    check_inexact,
+    check_positive,
+    check_updates,
+)
+from came_optax._factoring import (
+    FactoredAxes,
+    FactoringRule,
+    LastTwoAxes,
+    check_factoring,
+    factored_axes,
+)
+
+
+class ScaleByConfidenceState(NamedTuple):
+    """State of :func:`scale_by_confidence`.
+
+    The trees have the parameters' structure. Statistics are float32 (float64 for
+    float64 and complex128 parameters); a leaf holds zeros of shape (1,) for what it
+    lacks.
+
+    Attributes:
+      count: number of updates so far; shape (), int32.
+      mu: first moment of the updates; the leaf's shape, in the dtype that
+        ``mu_dtype`` says.
+      s_row: factored leaves: mean of the instability |u − m|² over ``col`` axes; the
+        leaf's shape without them.
+      s_col: factored leaves: mean of the instability over ``row`` axes; the leaf's
+        shape without them.
+    """
+
+    count: jax.typing.ArrayLike  # type: ignore[assignment]  # hides tuple.count
+    mu: optax.Updates
+    s_row: optax.Updates
+    s_col: optax.Updates
+
+
+def scale_by_confidence(
+    b1: jax.typing.ArrayLike = 0.9,
+    b3: jax.typing.ArrayLike = 0.9999,
+    eps2: jax.typing.ArrayLike = 1e-16,
+    *,
+    factoring: FactoringRule = LastTwoAxes(),
+    mu_dtype: str = "float32",
+    bias_correction: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Replaces updates by their momentum, scaled by the confidence in it.
+
+    .. math::
+
+        m &\leftarrow \beta_1 m + (1 - \beta_1) u \\
+        s_r &\leftarrow \beta_3 s_r + (1 - \beta_3)
+            \operatorname{mean}_{col}(|u - m|^2 + \varepsilon_2) \\
+        s_c &\leftarrow \beta_3 s_c + (1 - \beta_3)
+            \operatorname{mean}_{row}(|u - m|^2 + \varepsilon_2) \\
+        \Delta &= m \, / \sqrt{s_r s_c^\top / \operatorname{mean}(s_r)}
+
+    This is the second half of Algorithm 2. Where updates agree with their momentum,
+    the instability :math:`|u - m|^2` is small and the step large. Leaves that are not
+    factored have no confidence term: :math:`\Delta = m`. Works after any
+    transformation whose updates are of order 1, such as ``optax.scale_by_rms``.
+
+    Args:
+      b1: decay rate of the momentum, :math:`\beta_1`; 0 ≤ b1 < 1.
+      b3: decay rate of the instability, :math:`\beta_3`; 0 ≤ b3 < 1.
+      eps2: added to the instability, :math:`\varepsilon_2`; > 0.
+      factoring: which axes of each leaf are rows and columns.
+      mu_dtype: how momentum is stored between steps: ``"float32"`` (float64 for
+        float64 parameters) or ``"bfloat16"``. Arithmetic uses the unrounded momentum.
+      bias_correction: divide the instability by :math:`1 - \beta_3^t` and the momentum
+        in the update by :math:`1 - \beta_1^t`. The residual :math:`u - m` keeps the
+        uncorrected momentum: with the corrected one it would be 0 at the first step.
+
+    Returns:
+      A transformation with state :class:`ScaleByConfidenceState`. It returns updates
+      of the dtype that it is given and does not need ``params``.
+
+    Raises:
+      ValueError: an argument or a leaf's axes are out of range.
+      TypeError: at ``init``, for integer parameters.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from came_optax import scale_by_confidence
+      >>> rms = optax.scale_by_rms()
+      >>> tx = optax.chain(rms, scale_by_confidence(), optax.scale(-1e-3))
+      >>> params = {"kernel": jnp.ones((4, 3))}
+      >>> updates, state = tx.update(params, tx.init(params))
+      >>> updates["kernel"].shape
+      (4, 3)
+
+    References:
+      Luo et al., `CAME <https://arxiv.org/abs/2307.02047>`_, 2023.
+    """
+    check_decay("b1", b1)
+    check_decay("b3", b3)
+    check_positive("eps2", eps2)
+    check_factoring(factoring)
+    momentum.check_dtype(mu_dtype)
+    b1, b3 = jnp.asarray(b1, jnp.float32), jnp.asarray(b3, jnp.float32)
+    eps2 = jnp.asarray(eps2, jnp.float32)
+
+    def init_fn(params: optax.Params) -> ScaleByConfidenceState:
+        def init_leaf(p: Any, axes: FactoredAxes) -> _Leaf:
+            row_mean, col_mean, _ = stats.reductions(axes)
+            return _Leaf(
+                momentum.init(p, mu_dtype),
+                stats.init_statistic(p, row_mean),
+                stats.init_statistic(p, col_mean),
+            )
+
+        check_inexact(params)
+        leaves = jax.tree.map(init_leaf, params, factored_axes(factoring, params))
+        return _to_state(jnp.zeros([], jnp.int32), leaves)
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ScaleByConfidenceState]:
+        del params, extra_args
+        check_updates(updates, state.mu)
+        count = optax.safe_increment(state.count)
+
+        def update_leaf(
+            path: KeyPath,
+            u: jax.Array,
+            axes: FactoredAxes,
+            mu: jax.Array,
+            s_row: jax.Array,
+            s_col: jax.Array,
+        ) -> _Leaf:
+            row_mean, col_mean, _ = stats.reductions(axes)
+            stats.check_statistic("s_row", path, s_row, u.shape, row_mean)
+            stats.check_statistic("s_col", path, s_col, u.shape, col_mean)
+            x = stats.in_precision_of(s_row, u)
+            m = stats.moving_average(momentum.load(mu, x), x, b1)
+            delta = m
+            if axes.factored:
+                residual = x - m
+                s_row = stats.update_mean_square(s_row, residual, axes.col, b3, eps2)
+                s_col = stats.update_mean_square(s_col, residual, axes.row, b3, eps2)
+                delta = stats.divide_by_factored_root(m, s_row, s_col, axes)
+            if bias_correction:  # delta is of order m s^(-1/2).
+                scale = 1 / stats.one_minus_power(b1, count)
+                if axes.factored:
+                    scale *= jnp.sqrt(stats.one_minus_power(b3, count))
+                delta *= scale.astype(delta.dtype)
+            return _Leaf(momentum.store(m, mu), s_row, s_col, delta.astype(u.dtype))
+
+        leaves = jax.tree.map_with_path(
+            update_leaf,
+            updates,
+            factored_axes(factoring, updates),
+            state.mu,
+            state.s_row,
+            state.s_col,
+        )
+        return jax.tree.map(lambda leaf: leaf.delta, leaves), _to_state(count, leaves)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    """One leaf's new state and update; opaque to ``jax.tree.map``."""
+
+    mu: jax.Array
+    s_row: jax.Array
+    s_col: jax.Array
+    delta: jax.Array | None = None
+
+
+def _to_state(count: jax.typing.ArrayLike, leaves: Any) -> ScaleByConfidenceState:
+    return ScaleByConfidenceState(
+        count=count,
+        mu=jax.tree.map(lambda leaf: leaf.mu, leaves),
+        s_row=jax.tree.map(lambda leaf: leaf.s_row, leaves),
+        s_col=jax.tree.map(lambda leaf: leaf.s_col, leaves),
+    )

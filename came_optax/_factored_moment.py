@@ -1,0 +1,164 @@
+"""The first half of CAME: Adafactor's factored second moment."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from came_optax import _statistics as stats
+from came_optax._checks import (
+    KeyPath,
+    check_decay,
+    check_inexact,
+    check_positive,
+    check_updates,
+)
+from came_optax._factoring import (
+    FactoredAxes,
+    FactoringRule,
+    LastTwoAxes,
+    check_factoring,
+    factored_axes,
+)
+
+
+class ScaleByFactoredMomentState(NamedTuple):
+    """State of :func:`scale_by_factored_moment`.
+
+    The trees have the parameters' structure. Arrays are float32 (float64 for float64
+    and complex128 parameters); a leaf holds zeros of shape (1,) for what it lacks.
+
+    Attributes:
+      count: number of updates so far; shape (), int32.
+      v_row: factored leaves: mean of |g|² over ``col`` axes; the leaf's shape without
+        them.
+      v_col: factored leaves: mean of |g|² over ``row`` axes; the leaf's shape without
+        them.
+      v: other leaves: |g|²; the leaf's shape.
+    """
+
+    count: jax.typing.ArrayLike  # type: ignore[assignment]  # hides tuple.count
+    v_row: optax.Updates
+    v_col: optax.Updates
+    v: optax.Updates
+
+
+def scale_by_factored_moment(
+    b2: jax.typing.ArrayLike = 0.999,
+    eps1: jax.typing.ArrayLike = 1e-30,
+    *,
+    factoring: FactoringRule = LastTwoAxes(),
+    bias_correction: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Divides updates by the root of a factored second moment.
+
+    .. math::
+
+        v_r &\leftarrow \beta_2 v_r + (1 - \beta_2)
+            \operatorname{mean}_{col}(|g|^2 + \varepsilon_1) \\
+        v_c &\leftarrow \beta_2 v_c + (1 - \beta_2)
+            \operatorname{mean}_{row}(|g|^2 + \varepsilon_1) \\
+        u &= g \, / \sqrt{v_r v_c^\top / \operatorname{mean}(v_r)}
+
+    This is the first half of Algorithm 2. Leaves that are not factored keep the full
+    second moment: :math:`u = g / \sqrt{v}`. There is no clipping here, and the decay
+    does not change with time as it does in ``optax.scale_by_factored_rms``.
+
+    Args:
+      b2: decay rate of the second moment, :math:`\beta_2`; 0 ≤ b2 < 1.
+      eps1: added to the squared gradient, :math:`\varepsilon_1`; > 0.
+      factoring: which axes of each leaf are rows and columns.
+      bias_correction: divide the second moment by :math:`1 - \beta_2^t`.
+
+    Returns:
+      A transformation with state :class:`ScaleByFactoredMomentState`. It returns
+      updates of the dtype that it is given and does not need ``params``.
+
+    Raises:
+      ValueError: an argument or a leaf's axes are out of range.
+      TypeError: at ``init``, for integer parameters.
+
+    References:
+      Shazeer and Stern, `Adafactor <https://arxiv.org/abs/1804.04235>`_, 2018;
+      Luo et al., `CAME <https://arxiv.org/abs/2307.02047>`_, 2023.
+    """
+    check_decay("b2", b2)
+    check_positive("eps1", eps1)
+
+    check_factoring(factoring)
+    b2, eps1 = jnp.asarray(b2, jnp.float32), jnp.asarray(eps1, jnp.float32)
+
+    def init_fn(params: optax.Params) -> ScaleByFactoredMomentState:
+        def init_leaf(p: Any, axes: FactoredAxes) -> _Leaf:
+            return _Leaf(*(stats.init_statistic(p, m) for m in stats.reductions(axes)))
+
+        check_inexact(params)
+        leaves = jax.tree.map(init_leaf, params, factored_axes(factoring, params))
+        return _to_state(jnp.zeros([], jnp.int32), leaves)
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ScaleByFactoredMomentState]:
+        del params, extra_args
+        check_updates(updates, state.v)
+        count = optax.safe_increment(state.count)
+
+        def update_leaf(
+            path: KeyPath,
+            g: jax.Array,
+            axes: FactoredAxes,
+            v_row: jax.Array,
+            v_col: jax.Array,
+            v: jax.Array,
+        ) -> _Leaf:
+            row_mean, col_mean, full_mean = stats.reductions(axes)
+            stats.check_statistic("v_row", path, v_row, g.shape, row_mean)
+            stats.check_statistic("v_col", path, v_col, g.shape, col_mean)
+            stats.check_statistic("v", path, v, g.shape, full_mean)
+            x = stats.in_precision_of(v, g)
+            if axes.factored:
+                v_row = stats.update_mean_square(v_row, x, axes.col, b2, eps1)
+                v_col = stats.update_mean_square(v_col, x, axes.row, b2, eps1)
+                u = stats.divide_by_factored_root(x, v_row, v_col, axes)
+            else:
+                v = stats.update_mean_square(v, x, (), b2, eps1)
+                u = x * jax.lax.rsqrt(v).astype(x.dtype)
+            if bias_correction:  # u is of order v^(-1/2).
+                u *= jnp.sqrt(stats.one_minus_power(b2, count)).astype(u.dtype)
+            return _Leaf(v_row, v_col, v, u.astype(g.dtype))
+
+        leaves = jax.tree.map_with_path(
+            update_leaf,
+            updates,
+            factored_axes(factoring, updates),
+            state.v_row,
+            state.v_col,
+            state.v,
+        )
+        return jax.tree.map(lambda leaf: leaf.u, leaves), _to_state(count, leaves)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    """One leaf's new statistics and update; opaque to ``jax.tree.map``."""
+
+    v_row: jax.Array
+    v_col: jax.Array
+    v: jax.Array
+    u: jax.Array | None = None
+
+
+def _to_state(count: jax.typing.ArrayLike, leaves: Any) -> ScaleByFactoredMomentState:
+    return ScaleByFactoredMomentState(
+        count=count,
+        v_row=jax.tree.map(lambda leaf: leaf.v_row, leaves),
+        v_col=jax.tree.map(lambda leaf: leaf.v_col, leaves),
+        v=jax.tree.map(lambda leaf: leaf.v, leaves),
+    )

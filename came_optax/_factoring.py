@@ -1,0 +1,221 @@
+"""Factoring rules: which axes of a leaf form the rows and columns of a matrix."""
+
+import dataclasses
+import math
+import re
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from came_optax._checks import KeyPath, Shape, path_name
+
+
+@dataclasses.dataclass(frozen=True)
+class FactoredAxes:
+    """How one leaf is read as a matrix, or a batch of matrices.
+
+    The row statistic is the mean over the ``col`` axes, the column statistic the
+    mean over the ``row`` axes. Axes named nowhere are batch axes: they have their own
+    statistics but share the leaf's RMS clip, as published.
+
+    Attributes:
+      row: axes that together index the rows.
+      col: axes that together index the columns. ``row`` and ``col`` both empty means
+        that the leaf is not factored.
+      stack: axes that hold independent parameters, such as the layers stacked by
+        ``nn.scan``: the RMS clip applies to each slice on its own.
+    """
+
+    row: tuple[int, ...] = ()
+    col: tuple[int, ...] = ()
+    stack: tuple[int, ...] = ()
+
+    @property
+    def factored(self) -> bool:
+        """Whether the leaf has row and column statistics."""
+        return bool(self.row)
+
+
+@runtime_checkable
+class FactoringRule(Protocol):
+    """What a factoring rule must offer.
+
+    Write your own as a non-callable frozen dataclass (``optax.inject_hyperparams``
+    takes anything callable for a schedule).
+    """
+
+    def axes(self, path: KeyPath, shape: Shape) -> FactoredAxes | None:
+        """Returns the axes to factor.
+
+        Args:
+          path: the leaf's key path, as given by ``jax.tree_util``.
+          shape: the leaf's shape.
+
+        Returns:
+          The factored axes, or None to keep the full second moment.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class LastTwoAxes:
+    """Factors the last two axes of every leaf of two or more dimensions.
+
+    This is the published behaviour; the leading axes are batch axes.
+
+    Example:
+      >>> LastTwoAxes().axes((), (8, 4, 3))
+      FactoredAxes(row=(1,), col=(2,), stack=())
+    """
+
+    def axes(self, path: KeyPath, shape: Shape) -> FactoredAxes | None:
+        """See :class:`FactoringRule`."""
+        del path
+        ndim = len(shape)
+        return FactoredAxes((ndim - 2,), (ndim - 1,)) if ndim >= 2 else None
+
+
+@dataclasses.dataclass(frozen=True)
+class LargestTwoAxes:
+    """Factors the two largest axes, if both are large: ``optax.adafactor``'s rule.
+
+    Attributes:
+      min_dim_size: leaves whose second largest axis is smaller stay unfactored.
+
+    Example:
+      >>> LargestTwoAxes().axes((), (3, 3, 256, 512))
+      FactoredAxes(row=(2,), col=(3,), stack=())
+      >>> LargestTwoAxes().axes((), (64, 512)) is None
+      True
+    """
+
+    min_dim_size: int = 128
+
+    def axes(self, path: KeyPath, shape: Shape) -> FactoredAxes | None:
+        """See :class:`FactoringRule`."""
+        del path
+        if len(shape) < 2:
+            return None
+        row, col = (int(axis) for axis in np.argsort(shape, kind="stable")[-2:])
+        return FactoredAxes((row,), (col,)) if shape[row] >= self.min_dim_size else None
+
+
+@dataclasses.dataclass(frozen=True)
+class BalancedSplit:
+    """Splits the axes into a prefix and a suffix with the smallest statistics.
+
+    An attention kernel ``(d, heads, head_dim)`` becomes the matrix ``(d | heads *
+    head_dim)`` that it is in PyTorch, its output projection ``(heads * head_dim |
+    d)``, a convolution ``HWIO`` the matrix ``(H * W * I | O)``. Nothing is reshaped:
+    the means run over several axes.
+
+    Example:
+      >>> BalancedSplit().axes((), (768, 12, 64))
+      FactoredAxes(row=(0,), col=(1, 2), stack=())
+      >>> BalancedSplit().axes((), (12, 64, 768))
+      FactoredAxes(row=(0, 1), col=(2,), stack=())
+    """
+
+    def axes(self, path: KeyPath, shape: Shape) -> FactoredAxes | None:
+        """See :class:`FactoringRule`."""
+        del path
+        if len(shape) < 2:
+            return None
+
+        def statistics_size(split: int) -> int:
+            return math.prod(shape[:split]) + math.prod(shape[split:])
+
+        axes = tuple(range(len(shape)))
+        split = min(axes[1:], key=statistics_size)
+        return FactoredAxes(axes[:split], axes[split:])
+
+
+@dataclasses.dataclass(frozen=True)
+class Stacked:
+    """Applies ``rule`` to each slice of leaves that stack independent parameters.
+
+    For layers stacked by ``nnx.scan``, ``nn.scan`` or ``jax.lax.scan``: the stack is
+    then updated as its separate layers would be. Leaves that ``where`` leaves out are
+    given to ``rule`` whole.
+
+    Attributes:
+      rule: the rule for one slice.
+      axis: the axis that is stacked; negative counts from the end.
+      where: a regular expression, searched in the leaf's path written as
+        ``"params/blocks/kernel"``. The default takes every leaf.
+
+    Example:
+      >>> Stacked(LastTwoAxes()).axes((), (24, 512, 2048))
+      FactoredAxes(row=(1,), col=(2,), stack=(0,))
+    """
+
+    rule: FactoringRule = LastTwoAxes()
+    axis: int = 0
+    where: str = ""
+
+    def axes(self, path: KeyPath, shape: Shape) -> FactoredAxes | None:
+        """See :class:`FactoringRule`."""
+        if not re.search(self.where, path_name(path)):
+            return self.rule.axes(path, shape)
+        ndim = len(shape)
+        if not -ndim <= self.axis < ndim:
+            raise ValueError(
+                f"Stacked(axis={self.axis}): leaf {path_name(path)!r} of shape {shape} "
+                f"has no such axis; restrict the rule with where="
+            )
+        axis = self.axis % ndim
+        slice_shape = shape[:axis] + shape[axis + 1 :]
+        axes = checked_axes(self.rule.axes(path, slice_shape), path, slice_shape)
+
+        def in_stack(slice_axes: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(a + (a >= axis) for a in slice_axes)
+
+        return FactoredAxes(
+            in_stack(axes.row), in_stack(axes.col), (axis, *in_stack(axes.stack))
+        )
+
+
+def checked_axes(
+    axes: FactoredAxes | None, path: KeyPath, shape: Shape
+) -> FactoredAxes:
+    """Returns a rule's answer, axes counted from 0, or says what is wrong with it."""
+    if axes is None:
+        return FactoredAxes()
+    answer = f"factoring gave {axes!r} for leaf {path_name(path)!r} of shape {shape}"
+    if not isinstance(axes, FactoredAxes):
+        raise TypeError(f"{answer}; allowed are FactoredAxes and None")
+    ndim = len(shape)
+    named = (*axes.row, *axes.col, *axes.stack)
+    if not all(isinstance(axis, int) and -ndim <= axis < ndim for axis in named):
+        raise ValueError(f"{answer}; allowed are axes from {-ndim} to {ndim - 1}")
+    if len({axis % ndim for axis in named}) < len(named):
+        raise ValueError(f"{answer}; an axis may be named only once")
+    if bool(axes.row) != bool(axes.col):
+        raise ValueError(f"{answer}; name both row and col axes, or neither")
+
+    def from_zero(axes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(axis % ndim for axis in axes)
+
+    return FactoredAxes(from_zero(axes.row), from_zero(axes.col), from_zero(axes.stack))
+
+
+def check_factoring(rule: Any) -> None:
+    """Raises unless ``rule`` is a factoring rule."""
+    if isinstance(rule, type) or not isinstance(rule, FactoringRule):
+        raise TypeError(
+            f"factoring must be an object with a method axes(path, shape), such as "
+            f"LastTwoAxes(), got {rule!r}"
+        )
+
+
+def factored_axes(rule: FactoringRule, tree: Any) -> Any:
+    """Returns the tree of :class:`FactoredAxes` that ``rule`` gives for ``tree``."""
+
+    def leaf_axes(path: KeyPath, leaf: Any) -> FactoredAxes:
+        shape = jnp.shape(leaf)
+        if math.prod(shape) == 0:  # There is nothing to take a mean of.
+            return FactoredAxes()
+        return checked_axes(rule.axes(path, shape), path, shape)
+
+    return jax.tree.map_with_path(leaf_axes, tree)

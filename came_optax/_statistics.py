@@ -1,0 +1,122 @@
+"""Moving averages of squares, whole or factored into rows and columns.
+
+All functions work on one leaf. ``x`` is already in the statistics' precision.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from came_optax._checks import KeyPath, Shape, path_name
+from came_optax._factoring import FactoredAxes
+
+
+def real_dtype(dtype: Any) -> Any:
+    """Returns the dtype of a leaf's statistics: float32, or float64 for 64 bits."""
+    return jnp.float64 if jnp.finfo(dtype).bits == 64 else jnp.float32
+
+
+def in_precision_of(statistic: jax.Array, x: jax.Array) -> jax.Array:
+    """Returns ``x`` as precise as ``statistic``, and complex if it was."""
+    if not jnp.iscomplexobj(x):
+        return x.astype(statistic.dtype)
+    return x.astype(jnp.complex128 if statistic.dtype == jnp.float64 else jnp.complex64)
+
+
+def abs_sq(x: jax.Array) -> jax.Array:
+    """Returns |x|², which is real for complex ``x`` too."""
+    return jnp.real(x * jnp.conj(x))
+
+
+def mean_square(x: jax.Array, axes: tuple[int, ...], eps: Any) -> jax.Array:
+    """Returns the mean over ``axes`` of |x|² + eps.
+
+    The squares saturate where their sum would overflow (for float32, gradients beyond
+    1e16 or so), so that the mean of finite values is finite.
+    """
+    size = 1
+    for axis in axes:
+        size *= x.shape[axis]
+    square = abs_sq(x)
+    square = square + jnp.asarray(eps, square.dtype)
+    return jnp.mean(
+        jnp.minimum(square, jnp.finfo(square.dtype).max / (2 * size)), axis=axes
+    )
+
+
+def reductions(
+    axes: FactoredAxes,
+) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None, tuple[int, ...] | None]:
+    """Returns the axes that the row, column and full statistics are means over.
+
+    None stands for a statistic that the leaf doesn't have.
+    """
+    return (axes.col, axes.row, None) if axes.factored else (None, None, ())
+
+
+def init_statistic(p: Any, mean_over: tuple[int, ...] | None) -> jax.Array:
+    """Returns zeros of the statistic's shape and, on an explicit mesh, sharding."""
+    dtype = real_dtype(p.dtype)
+    if mean_over is None:
+        return jnp.zeros((1,), dtype)
+    like = jax.eval_shape(lambda p: jnp.mean(jnp.real(p), mean_over, dtype), p)
+    return jnp.zeros_like(like)
+
+
+def check_statistic(
+    name: str,
+    path: KeyPath,
+    statistic: jax.Array,
+    shape: Shape,
+    mean_over: tuple[int, ...] | None,
+) -> None:
+    """Raises unless ``init`` makes such a statistic for a leaf of ``shape``."""
+    expected: Shape = (1,)
+    if mean_over is not None:
+        expected = tuple(n for axis, n in enumerate(shape) if axis not in mean_over)
+    if statistic.shape != expected:
+        raise ValueError(
+            f"{name} of leaf {path_name(path)!r} has shape {statistic.shape}; for "
+            f"updates of shape {shape} and this factoring it must be {expected}"
+        )
+    if statistic.dtype not in (jnp.float32, jnp.float64):
+        raise TypeError(
+            f"{name} of leaf {path_name(path)!r} has dtype {statistic.dtype}; allowed "
+            "are float32 and float64 (was the state cast when saved or restored?)"
+        )
+
+
+def moving_average(average: jax.Array, x: jax.Array, decay: jax.Array) -> jax.Array:
+    """Returns decay · average + (1 − decay) · x, for float32 ``decay``."""
+    return decay.astype(x.dtype) * average + (1 - decay).astype(x.dtype) * x
+
+
+def update_mean_square(
+    statistic: jax.Array,
+    x: jax.Array,
+    mean_over: tuple[int, ...],
+    decay: jax.Array,
+    eps: jax.Array,
+) -> jax.Array:
+    """Returns the moving average of the mean over some axes of |x|² + eps."""
+    return moving_average(statistic, mean_square(x, mean_over, eps), decay)
+
+
+def one_minus_power(decay: jax.Array, count: jax.typing.ArrayLike) -> jax.Array:
+    """Returns 1 − decayᵗ, accurate where decayᵗ is nearly 1; float32."""
+    return -jnp.expm1(jnp.asarray(count, jnp.float32) * jnp.log1p(decay - 1))
+
+
+def divide_by_factored_root(
+    x: jax.Array, row: jax.Array, col: jax.Array, axes: FactoredAxes
+) -> jax.Array:
+    """Returns x / sqrt(row colᵀ / mean(row)).
+
+    One factor after the other: each is finite, where their product need not be (a row
+    and a column that were zero until now).
+    """
+    row = jnp.expand_dims(row, axes.col)
+    col = jnp.expand_dims(col, axes.row)
+    row_factor = jnp.sqrt(jnp.mean(row, axes.row, keepdims=True)) * jax.lax.rsqrt(row)
+    return x * row_factor.astype(x.dtype) * jax.lax.rsqrt(col).astype(x.dtype)
