@@ -12,6 +12,8 @@ stamp  := $(VENV)/.installed-$(shell cat pyproject.toml $(CONSTRAINTS) | cksum |
 install = $(python) -m pip install --quiet --disable-pip-version-check \
           --constraint $(CONSTRAINTS) --editable ".[$(1)]"
 
+.NOTPARALLEL:
+
 .PHONY: help
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,7 +50,7 @@ clean: ## Remove .venv, caches and builds; training runs stay
 	rm -rf $(VENV) build dist docs/_build .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 $(VENV)/.created:
-	@for candidate in $(PYTHON) python3.11 python3 python3.13 python3.12; do \
+	@for candidate in $(or $(PYTHON),python3.11 python3 python3.13 python3.12); do \
 	  if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
 	  then found=$$candidate; break; fi; \
 	done; \

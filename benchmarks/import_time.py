@@ -26,7 +26,7 @@ print(middle - start, time.perf_counter() - middle)
 
 def time_imports() -> tuple[float, float]:
     """Returns the seconds that optax takes and those that came_optax adds."""
-    command = [sys.executable, "-c", PROBE]
+    command = [sys.executable, "-I", "-c", PROBE]  # -I: the installed package only
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     optax_s, extra_s = map(float, done.stdout.split())
     return optax_s, extra_s
