@@ -36,8 +36,8 @@ class ScaleByConfidenceState(NamedTuple):
       count: number of updates so far; shape (), int32.
       mu: first moment of the updates; the leaf's shape, in the dtype that
         ``mu_dtype`` says.
-      s_row: factored leaves: mean of the instability |u − m|² over ``col`` axes; the
-        leaf's shape without them.
+      s_row: factored leaves: mean of the instability ``|u − m|²`` over ``col`` axes;
+        the leaf's shape without them.
       s_col: factored leaves: mean of the instability over ``row`` axes; the leaf's
         shape without them.
     """

@@ -32,11 +32,11 @@ class ScaleByFactoredMomentState(NamedTuple):
 
     Attributes:
       count: number of updates so far; shape (), int32.
-      v_row: factored leaves: mean of |g|² over ``col`` axes; the leaf's shape without
-        them.
-      v_col: factored leaves: mean of |g|² over ``row`` axes; the leaf's shape without
-        them.
-      v: other leaves: |g|²; the leaf's shape.
+      v_row: factored leaves: mean of ``|g|²`` over ``col`` axes; the leaf's shape
+        without them.
+      v_col: factored leaves: mean of ``|g|²`` over ``row`` axes; the leaf's shape
+        without them.
+      v: other leaves: ``|g|²``; the leaf's shape.
     """
 
     count: jax.typing.ArrayLike  # type: ignore[assignment]  # hides tuple.count
