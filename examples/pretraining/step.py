@@ -1,0 +1,102 @@
+"""The training step and the evaluation step: pure, jitted, the state donated."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from pretraining import devices
+from pretraining.task import Batch, Mean, Task
+
+Params = Any
+
+
+class TrainState(NamedTuple):
+    """All that training changes.
+
+    Attributes:
+        step: Updates made so far, () int32.
+        params: The model's `nnx.Param` state.
+        opt_state: The optimizer's.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: optax.OptState
+
+
+def make_init(
+    task: Task, tx: optax.GradientTransformation, seed: int, mesh: Mesh
+) -> Callable[[], TrainState]:
+    """Returns a function that creates the first state where it will live."""
+
+    def init() -> TrainState:
+        params = nnx.state(task.make_model(nnx.Rngs(seed)), nnx.Param)
+        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+    return jax.jit(init, out_shardings=devices.replicated(mesh))
+
+
+def make_train_step(
+    task: Task,
+    tx: optax.GradientTransformation,
+    accumulate: int,
+    seed: int,
+    mesh: Mesh,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """Returns `(state, batch) -> (state, metrics)`; the state passed in is donated."""
+
+    def loss(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
+        means = task.loss_fn(merge(task, params), batch, nnx.Rngs(dropout=key))
+        return means["loss"].total, means
+
+    def train_step(state: TrainState, batch: Batch):
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+
+        def add_part(sums: Any, part: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+            index, batch = part
+            gradient = jax.grad(loss, has_aux=True)
+            terms = gradient(state.params, batch, jax.random.fold_in(key, index))
+            return jax.tree.map(jnp.add, sums, terms), None
+
+        # Neighbouring rows go to different parts: each part stays spread over devices.
+        parts = jax.tree.map(
+            lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
+        )
+        zeros = jax.tree.map(
+            jnp.zeros_like,
+            jax.eval_shape(jax.grad(loss, has_aux=True), state.params, batch, key),
+        )
+        (grads, means), _ = jax.lax.scan(
+            add_part, zeros, (jnp.arange(accumulate), parts)
+        )
+        grads = jax.tree.map(lambda g: g / means["loss"].count, grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {name: mean.total / mean.count for name, mean in means.items()}
+        metrics["gradient_norm"] = optax.tree.norm(grads)
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return jax.jit(train_step, donate_argnums=0, out_shardings=devices.replicated(mesh))
+
+
+def make_eval_step(
+    task: Task, mesh: Mesh
+) -> Callable[[Params, Batch], dict[str, Mean]]:
+    """Returns `(params, batch) -> means`, without dropout."""
+
+    def eval_step(params: Params, batch: Batch) -> dict[str, Mean]:
+        return task.loss_fn(merge(task, params), batch, None)
+
+    return jax.jit(eval_step, out_shardings=devices.replicated(mesh))
+
+
+def merge(task: Task, params: Params) -> Any:
+    """Returns the task's model with these parameters."""
+    model = nnx.eval_shape(lambda: task.make_model(nnx.Rngs(0)))
+    graphdef, _ = nnx.split(model, nnx.Param)
+    return nnx.merge(graphdef, params)

@@ -1,0 +1,62 @@
+"""What a run achieved and what its optimizer took."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The outcome of a run, also written to summary.json.
+
+    Attributes:
+        optimizer: Its name.
+        steps: Updates made.
+        tokens: Tokens trained on.
+        seconds: Time since this process began to train, evaluations included.
+        loss: Mean training loss of the last steps logged.
+        validation: Metrics on all held-out records.
+        references: Losses to compare with.
+        parameters: Their number.
+        optimizer_bytes: Bytes of optimizer state.
+        adamw_bytes: What AdamW would take for the same parameters.
+    """
+
+    optimizer: str
+    steps: int
+    tokens: int
+    seconds: float
+    loss: float
+    validation: Mapping[str, float]
+    references: Mapping[str, float]
+    parameters: int
+    optimizer_bytes: int
+    adamw_bytes: int
+
+    def __str__(self) -> str:
+        """Returns a table."""
+        rows = [("training loss", f"{self.loss:.3f}")]
+        rows += [(f"validation {k}", f"{v:.3f}") for k, v in self.validation.items()]
+        rows += [(f"  {k}", f"{v:.3f}") for k, v in self.references.items()]
+        minutes, seconds = divmod(round(self.seconds), 60)
+        rows += [
+            ("tokens", f"{self.tokens:,} in {self.steps:,} steps"),
+            ("time", f"{minutes} min {seconds:02d} s"),
+            ("parameters", f"{self.parameters:,}"),
+            (f"{self.optimizer} state", self._memory(self.optimizer_bytes)),
+            ("  adamw state", self._memory(self.adamw_bytes)),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+    def _memory(self, size: int) -> str:
+        return f"{size:,} bytes, {size / self.parameters:.2f} per parameter"
+
+
+def state_bytes(tx: optax.GradientTransformation, params: Any) -> int:
+    """Bytes of the optimizer's state, without allocating it."""
+    leaves = jax.tree.leaves(jax.eval_shape(tx.init, params))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)

@@ -1,0 +1,50 @@
+"""What the training loop needs to know about a task."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+Batch = Mapping[str, jax.Array]
+Record = Mapping[str, np.ndarray]
+
+
+class Mean(NamedTuple):
+    """A mean kept as sum and count, so that means of batches add up exactly."""
+
+    total: jax.Array
+    count: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A model, its loss and its data.
+
+    Attributes:
+        name: Names the run folder.
+        make_model: Builds the model from its random streams; traced, so pure.
+        loss_fn: `(model, batch, rngs)` to named means; "loss" is minimised, the others
+            are reported. `batch` is a batch of records plus "weight" (B,), 0 on rows
+            that only pad the last batch. `rngs` is None in evaluation: no dropout.
+        train: Records with random access, e.g. `pipeline.Windows`.
+        validation: Held-out records.
+        tokens_per_record: Tokens that one record trains on, for the statistics.
+        transform: Applied to each record with its own random generator, e.g. masking.
+        references: Named losses that the model should beat, shown beside the curve.
+        options: What the model and the data were made from; saved with checkpoints.
+        files: Texts to write into the run's folder, by name, e.g. the tokenizer.
+    """
+
+    name: str
+    make_model: Callable[[nnx.Rngs], nnx.Module]
+    loss_fn: Callable[[Any, Batch, nnx.Rngs | None], dict[str, Mean]]
+    train: Sequence[Record]
+    validation: Sequence[Record]
+    tokens_per_record: int
+    transform: Callable[[Record, np.random.Generator], Record] | None = None
+    references: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)

@@ -1,0 +1,224 @@
+"""The training loop that all examples share."""
+
+import collections
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from pretraining import devices, metrics, pipeline, plots, runs
+from pretraining.checkpoints import Checkpoints
+from pretraining.errors import Diverged, Interrupted, UserError
+from pretraining.files import write_atomically
+from pretraining.interrupts import InterruptRequest
+from pretraining.optimizers import OptimizerOptions, make_optimizer, make_schedule
+from pretraining.options import option, positive_int
+from pretraining.progress import Progress, Throughput
+from pretraining.runs import RunOptions
+from pretraining.step import make_eval_step, make_init, make_train_step, merge
+from pretraining.summary import Result, state_bytes
+from pretraining.task import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingOptions:
+    """Options for training."""
+
+    steps: int = option(1000, "updates", type=positive_int)
+    batch_size: int = option(16, "sequences per update", type=positive_int)
+    seq_len: int | None = option(
+        None, "tokens per sequence (default: the model's most)", type=positive_int
+    )
+    accumulate: int = option(
+        1, "parts that a batch is computed in, to save memory", type=positive_int
+    )
+    seed: int = option(0, "of initial weights, shuffling and sampling", type=int)
+    log_every: int = option(10, "steps between metrics", type=positive_int)
+    eval_every: int = option(100, "steps between evaluations", type=positive_int)
+    eval_batches: int = option(
+        16, "batches in each of them; the last takes all", type=positive_int
+    )
+    checkpoint_every: int = option(250, "steps between checkpoints", type=positive_int)
+
+
+class Trainer:
+    """Trains a task's model.
+
+    Leaves checkpoints, metrics.jsonl, TensorBoard events, curve.png and summary.json in
+    `run.output`.
+
+    Args:
+        task: The model, its loss and its data.
+        optimizer: The update rule, its schedule and gradient clipping.
+        training: Steps, batches, and what happens how often.
+        run: The folder, and whether to go on from its newest checkpoint.
+
+    Raises:
+        UserError: Something about the options, the data or the folder doesn't fit.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        optimizer: OptimizerOptions,
+        training: TrainingOptions,
+        run: RunOptions,
+    ):
+        self.task, self.optimizer, self.training = task, optimizer, training
+        self.folder = Path(run.output)
+        self.mesh = devices.make_mesh()
+        devices.check_batch_size(training.batch_size, training.accumulate, self.mesh)
+        pipeline.check_lengths(task)
+        self.schedule = make_schedule(optimizer, training.steps)
+        self.tx = make_optimizer(optimizer, self.schedule)
+        self.train_step = make_train_step(
+            task, self.tx, training.accumulate, training.seed, self.mesh
+        )
+        self.eval_step = make_eval_step(task, self.mesh)
+        self.batches = pipeline.train_batches(task, training.batch_size, training.seed)
+        runs.prepare(self.folder, resume=run.resume)
+        self.checkpoints = Checkpoints(self.folder)
+        init = make_init(task, self.tx, training.seed, self.mesh)
+        if run.resume:
+            about = self.checkpoints.load_about()
+            if about["data"] != pipeline.fingerprint(task.train):
+                raise UserError(f"{self.folder}: this run began on another text")
+            self.state = self.checkpoints.restore(init)
+            self.batches.set_state(about["position"])
+        else:
+            self.state = init()
+        for name, content in task.files.items():
+            write_atomically(self.folder / name, content)
+
+    @property
+    def model(self) -> Any:
+        """The model with its present parameters."""
+        return merge(self.task, self.state.params)
+
+    def run(self) -> Result:
+        """Trains to the last step.
+
+        Raises:
+            Diverged: The loss or a gradient is no longer finite.
+            Interrupted: By Ctrl-C or SIGTERM, after saving a checkpoint.
+            UserError: The folder is full.
+        """
+        training, last_step = self.training, self.training.steps
+        first_step = int(self.state.step) + 1
+        began = time.perf_counter()
+        speed = Throughput(training.batch_size * self.task.tokens_per_record)
+        with (
+            InterruptRequest() as interrupt,
+            metrics.MetricsWriter(self.folder, first_step - 1) as writer,
+            Progress(first_step - 1, last_step) as progress,
+        ):
+            for step in range(first_step, last_step + 1):
+                batch = devices.put_batch(next(self.batches), self.mesh)
+                self.state, step_metrics = self.train_step(self.state, batch)
+                last = step == last_step
+                if step == first_step:  # Leaves compilation out of tokens/s.
+                    jax.block_until_ready(self.state)
+                    speed.restart()
+                else:
+                    speed.count_step()
+                progress.advance()
+
+                if last or step % training.log_every == 0:
+                    row = _finite_floats(step_metrics, step)
+                    row["learning_rate"] = float(self.schedule(step - 1))
+                    row["tokens_per_second"] = speed.measure()
+                    writer.write(step, **row)
+                    progress.show(
+                        {
+                            "loss": f"{row['loss']:.3f}",
+                            "lr": f"{row['learning_rate']:.1e}",
+                            "tokens/s": f"{row['tokens_per_second']:,.0f}",
+                        }
+                    )
+                if last or step % training.eval_every == 0:
+                    means = self.evaluate(None if last else training.eval_batches)
+                    writer.write(step, **{f"validation_{k}": means[k] for k in means})
+                    progress.show({"validation loss": f"{means['loss']:.3f}"})
+                    progress.print_line(step)
+                    speed.restart()
+                if last or step % training.checkpoint_every == 0 or interrupt.received:
+                    _finite_floats(step_metrics, step)
+                    self.save()
+                    speed.restart()
+                if interrupt.received and not last:
+                    raise Interrupted(step, self.folder)
+        return self._conclude(time.perf_counter() - began)
+
+    def evaluate(self, limit: int | None = None) -> dict[str, float]:
+        """Returns metrics on all held-out records, or on `limit` batches of them."""
+        sums = collections.defaultdict(lambda: np.zeros(2))
+        size = self.training.batch_size
+        for batch in pipeline.validation_batches(self.task, size, limit):
+            batch = devices.put_batch(batch, self.mesh)
+            for name, mean in self.eval_step(self.state.params, batch).items():
+                sums[name] += np.asarray(mean, np.float64)
+        return {name: float(total / count) for name, (total, count) in sums.items()}
+
+    def save(self) -> None:
+        """Saves a checkpoint."""
+        self.checkpoints.save(
+            self.state,
+            options=dict(self.task.options)
+            | dataclasses.asdict(self.optimizer)
+            | dataclasses.asdict(self.training),
+            data=pipeline.fingerprint(self.task.train),
+            position=self.batches.get_state(),
+        )
+
+    def _conclude(self, seconds: float) -> Result:
+        rows = metrics.read(self.folder)
+        params = self.state.params
+        result = Result(
+            optimizer=self.optimizer.optimizer,
+            steps=self.training.steps,
+            tokens=self.training.steps
+            * self.training.batch_size
+            * self.task.tokens_per_record,
+            seconds=seconds,
+            loss=float(np.mean([row["loss"] for row in rows if "loss" in row][-10:])),
+            validation={
+                name.removeprefix("validation_"): value
+                for name, value in rows[-1].items()
+                if name.startswith("validation_")
+            },
+            references=self.task.references,
+            parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
+            optimizer_bytes=state_bytes(self.tx, params),
+            adamw_bytes=state_bytes(optax.adamw(self.schedule), params),
+        )
+        write_atomically(
+            self.folder / "summary.json",
+            json.dumps(dataclasses.asdict(result), indent=2) + "\n",
+        )
+        plots.plot_curve(
+            self.folder / "curve.png",
+            f"{self.task.name}, {result.optimizer}",
+            rows,
+            self.task.references,
+        )
+        return result
+
+
+def _finite_floats(
+    step_metrics: Mapping[str, jax.Array], step: int
+) -> dict[str, float]:
+    values = {name: float(value) for name, value in step_metrics.items()}
+    for name in ("loss", "gradient_norm"):
+        if not math.isfinite(values[name]):
+            raise Diverged(
+                f"{name} is {values[name]} at step {step}: lower --learning-rate, or "
+                "lengthen --warmup"
+            )
+    return values
