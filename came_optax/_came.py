@@ -1,5 +1,6 @@
 """CAME, composed of its two halves."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from came_optax._checks import check_scalar, check_threshold
+from came_optax._checks import (
+    check_inexact,
+    check_mask,
+    check_params,
+    check_scalar,
+    check_state,
+    check_threshold,
+)
 from came_optax._clipping import clip_by_leaf_rms
 from came_optax._confidence import scale_by_confidence
 from came_optax._factored_moment import scale_by_factored_moment
@@ -38,8 +46,8 @@ def scale_by_came(
       b1: decay rate of the momentum, :math:`\beta_1`; 0 ≤ b1 < 1.
       b2: decay rate of the second moment, :math:`\beta_2`; 0 ≤ b2 < 1.
       b3: decay rate of the instability, :math:`\beta_3`; 0 ≤ b3 < 1.
-      eps1: added to the squared gradient, :math:`\varepsilon_1`; > 0.
-      eps2: added to the instability, :math:`\varepsilon_2`; > 0.
+      eps1: added to the squared gradient, :math:`\varepsilon_1`; ≥ 1e-30.
+      eps2: added to the instability, :math:`\varepsilon_2`; ≥ 1e-30.
       clipping_threshold: largest root mean square of u, :math:`d`; > 0, or None.
       factoring: which axes of each leaf are rows and columns.
       mu_dtype: how momentum is stored: ``"float32"`` or ``"bfloat16"``.
@@ -54,7 +62,7 @@ def scale_by_came(
 
     Raises:
       ValueError: an argument or a leaf's axes are out of range.
-      TypeError: at ``init``, for integer parameters.
+      TypeError: integer leaves, or a state that another transformation made.
 
     References:
       Luo et al., `CAME <https://arxiv.org/abs/2307.02047>`_, 2023.
@@ -130,8 +138,8 @@ def came(
       b1: decay rate of the momentum, :math:`\beta_1`; 0 ≤ b1 < 1.
       b2: decay rate of the second moment, :math:`\beta_2`; 0 ≤ b2 < 1.
       b3: decay rate of the instability, :math:`\beta_3`; 0 ≤ b3 < 1.
-      eps1: added to the squared gradient, :math:`\varepsilon_1`; > 0.
-      eps2: added to the instability, :math:`\varepsilon_2`; > 0.
+      eps1: added to the squared gradient, :math:`\varepsilon_1`; ≥ 1e-30.
+      eps2: added to the instability, :math:`\varepsilon_2`; ≥ 1e-30.
       clipping_threshold: largest root mean square of u, :math:`d`; > 0, or None.
       weight_decay: decoupled weight decay :math:`\lambda`, multiplied by the learning
         rate; if not 0, ``update`` needs ``params``.
@@ -151,7 +159,7 @@ def came(
 
     Raises:
       ValueError: an argument or a leaf's axes are out of range.
-      TypeError: at ``init``, for integer parameters.
+      TypeError: integer leaves, or a state that another transformation made.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -170,37 +178,61 @@ def came(
       Luo et al., `CAME: Confidence-guided Adaptive Memory Efficient Optimization
       <https://arxiv.org/abs/2307.02047>`_, ACL 2023.
     """
-    check_scalar("weight_decay", weight_decay, at_least=0)
+    scaled = scale_by_came(
+        b1,
+        b2,
+        b3,
+        eps1,
+        eps2,
+        clipping_threshold,
+        factoring=factoring,
+        mu_dtype=mu_dtype,
+        bias_correction=bias_correction,
+        update_clipping_threshold=update_clipping_threshold,
+    )
+    check_scalar("weight_decay", weight_decay, at_least=0, below=math.inf)
     decays = not isinstance(weight_decay, int | float) or weight_decay != 0
-    return optax.chain(
-        scale_by_came(
-            b1,
-            b2,
-            b3,
-            eps1,
-            eps2,
-            clipping_threshold,
-            factoring=factoring,
-            mu_dtype=mu_dtype,
-            bias_correction=bias_correction,
-            update_clipping_threshold=update_clipping_threshold,
-        ),
-        optax.add_decayed_weights(weight_decay, weight_decay_mask)
+    if not callable(learning_rate):
+        check_scalar("learning_rate", learning_rate, at_least=0, below=math.inf)
+    inner = optax.chain(
+        scaled,
+        optax.add_decayed_weights(weight_decay, _checked_mask(weight_decay_mask))
         if decays
         else optax.identity(),
         optax.scale_by_learning_rate(learning_rate),
     )
+    return _in_full_precision(inner)
+
+
+def _checked_mask(mask: Any) -> Callable[[Any], Any] | None:
+    """Returns a mask that says what is wrong with it, for ``optax.masked``."""
+    if mask is None:
+        return None
+
+    def checked(params: Any) -> Any:
+        tree = mask(params) if callable(mask) else mask
+        check_mask("weight_decay_mask", tree, params)
+        return tree
+
+    return checked
 
 
 def _in_full_precision(
     inner: optax.GradientTransformationExtraArgs,
 ) -> optax.GradientTransformationExtraArgs:
-    """Runs a chain in float32 or wider, and rounds once, at its end."""
+    """Runs a chain in float32 or wider, and rounds once, at its end.
 
-    def widen(g: jax.Array) -> jax.Array:
-        if jnp.iscomplexobj(g):
-            return g
-        return g.astype(real_dtype(g.dtype))
+    Not only for accuracy: a learning rate or weight decay that is a float32 array (as
+    with ``optax.inject_hyperparams``) would promote narrower updates, and a large
+    update in float16 be infinite before the learning rate makes it small.
+    """
+
+    def widen(x: jax.Array) -> jax.Array:
+        x = jnp.asarray(x)  # NumPy's 64 bits become 32 without jax_enable_x64.
+        return x if jnp.iscomplexobj(x) else x.astype(real_dtype(x.dtype))
+
+    def narrow(x: jax.Array, like: Any) -> jax.Array:
+        return x.astype(jax.dtypes.canonicalize_dtype(like.dtype))
 
     def update_fn(
         updates: optax.Updates,
@@ -208,9 +240,14 @@ def _in_full_precision(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
-        like = updates if params is None else params
+        check_state(state, tuple, "a chain")
+        check_inexact("updates", updates)
+        like = updates
+        if params is not None:
+            check_params(params, updates)
+            like, params = params, jax.tree.map(widen, params)
         updates = jax.tree.map(widen, updates)
         updates, state = inner.update(updates, state, params, **extra_args)
-        return jax.tree.map(lambda u, p: u.astype(p.dtype), updates, like), state
+        return jax.tree.map(narrow, updates, like), state
 
     return optax.GradientTransformationExtraArgs(inner.init, update_fn)

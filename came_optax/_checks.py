@@ -25,21 +25,26 @@ def check_scalar(
 ) -> None:
     """Raises unless a Python number lies in range after rounding to float32.
 
-    Arrays pass unvalidated, as they may be traced; but not in 16 bits, where 0.9999
-    would be 1.
+    The values of arrays pass unvalidated, as they may be traced; but not 16 bits, where
+    a decay rate of 0.999 would be 1.
     """
     if isinstance(value, jax.Array | np.ndarray):
-        if jnp.finfo(value.dtype).bits < 32:
+        floating = jnp.issubdtype(value.dtype, jnp.floating)
+        if not floating and not jnp.issubdtype(value.dtype, jnp.integer):
+            raise TypeError(f"{name} must be a real number, got dtype {value.dtype}")
+        if value.shape != ():
+            raise ValueError(f"{name} must be a scalar, got shape {value.shape}")
+        if floating and jnp.finfo(value.dtype).bits < 32:
             raise ValueError(
-                f"{name} is a {value.dtype} array, which cannot tell it from 0 or 1; "
-                "allowed are float32 and wider (with optax.inject_hyperparams: pass "
-                "hyperparam_dtype=jnp.float32)"
+                f"{name} is a {value.dtype} array; allowed are float32 and wider (with "
+                "optax.inject_hyperparams: pass hyperparam_dtype=jnp.float32)"
             )
         return
     if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        hint = " (for a schedule, use optax.inject_hyperparams)"
         raise TypeError(
-            f"{name} must be a number or an array, got {value!r} (for a schedule, use "
-            "optax.inject_hyperparams)"
+            f"{name} must be a number or an array, got {value!r}"
+            f"{hint if callable(value) else ''}"
         )
     bounds = [
         (">=", at_least, np.greater_equal),
@@ -57,47 +62,90 @@ def check_decay(name: str, value: Any) -> None:
     check_scalar(name, value, at_least=0, below=1)
 
 
-def check_positive(name: str, value: Any) -> None:
-    """Raises unless ``value`` is positive."""
-    check_scalar(name, value, above=0, below=np.inf)
+def check_epsilon(name: str, value: Any) -> None:
+    """Raises unless ``value`` times any 1 − β is a normal number in float32."""
+    check_scalar(name, value, at_least=1e-30, below=np.inf)
 
 
 def check_threshold(name: str, value: Any) -> None:
     """Raises unless ``value`` is positive or None."""
     if value is not None:
-        check_positive(name, value)
+        check_scalar(name, value, above=0, below=np.inf)
 
 
-def check_inexact(params: Any) -> None:
-    """Raises if a leaf of ``params`` is not an array of real or complex numbers."""
+def check_flag(name: str, value: Any) -> None:
+    """Raises unless ``value`` is a Python bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_mask(name: str, mask: Any, tree: Any) -> None:
+    """Raises unless ``mask`` is a tree of bools, or a prefix of one, for ``tree``."""
+    for path, leaf in jax.tree.leaves_with_path(mask):
+        if not isinstance(leaf, bool | np.bool_):
+            raise TypeError(f"{name} has {leaf!r} at {path_name(path)!r}, not a bool")
+    try:
+        jax.tree.map(lambda *_: None, mask, tree)
+    except ValueError as error:
+        raise ValueError(f"{name} does not fit the parameters: {error}") from error
+
+
+def check_inexact(what: str, tree: Any) -> None:
+    """Raises if a leaf of ``tree`` is not an array of real or complex numbers."""
 
     def check(path: KeyPath, leaf: Any) -> None:
-        dtype = getattr(leaf, "dtype", type(leaf).__name__)
-        if not jnp.issubdtype(dtype, jnp.inexact):
+        is_array = hasattr(leaf, "dtype") and hasattr(leaf, "shape")
+        if not is_array or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            kind = f"dtype {leaf.dtype}" if is_array else f"type {type(leaf).__name__}"
             raise TypeError(
-                f"leaf {path_name(path)!r} has dtype {dtype}; allowed are arrays "
-                "of floating point or complex numbers (optax.masked and "
+                f"leaf {path_name(path)!r} of the {what} has {kind}; allowed are "
+                "arrays of floating point or complex numbers (optax.masked and "
                 "optax.partition leave others out)"
             )
 
-    jax.tree.map_with_path(check, params)
+    jax.tree.map_with_path(check, tree)
 
 
-def check_updates(updates: Any, state_tree: Any) -> None:
-    """Raises if ``updates`` has other leaves than the state was made for."""
-    structures: list[Any] = [jax.tree.structure(tree) for tree in (updates, state_tree)]
-    if structures[0] != structures[1]:
-        given, expected = (
-            {path_name(path) for path, _ in jax.tree.leaves_with_path(tree)}
-            for tree in (updates, state_tree)
+def check_same_leaves(what: str, tree: Any, other_what: str, other: Any) -> None:
+    """Raises if two trees differ in structure."""
+    structures: list[Any] = [jax.tree.structure(t) for t in (tree, other)]
+    if structures[0] == structures[1]:
+        return
+    paths, other_paths = (
+        {path_name(path) for path, _ in jax.tree.leaves_with_path(t)}
+        for t in (tree, other)
+    )
+    if paths - other_paths:
+        leaf, there, absent = min(paths - other_paths), what, other_what
+    elif other_paths - paths:
+        leaf, there, absent = min(other_paths - paths), other_what, what
+    else:
+        raise ValueError(
+            f"the {what} are structured as {structures[0]}, the {other_what} as "
+            f"{structures[1]}"
         )
-        if given - expected:
-            problem = f"have a leaf {min(given - expected)!r} that the state lacks"
-        elif expected - given:
-            problem = f"lack the leaf {min(expected - given)!r} that the state has"
-        else:
-            problem = (
-                f"are a {structures[0]}, while the state was made for a {structures[1]}"
+    raise ValueError(f"leaf {leaf!r} is in the {there} but not in the {absent}")
+
+
+def check_params(params: Any, updates: Any) -> None:
+    """Raises if parameters and updates differ in structure or shapes."""
+    check_inexact("params", params)
+    check_same_leaves("params", params, "updates", updates)
+
+    def check(path: KeyPath, p: Any, u: Any) -> None:
+        if p.shape != u.shape:
+            raise ValueError(
+                f"leaf {path_name(path)!r} has shape {p.shape} in the params and "
+                f"{u.shape} in the updates"
             )
-        raise ValueError(f"the updates {problem}; was it made by init for this model?")
-    check_inexact(updates)
+
+    jax.tree.map_with_path(check, params, updates)
+
+
+def check_state(state: Any, cls: type, made_by: str) -> None:
+    """Raises unless ``state`` is a ``cls``."""
+    if not isinstance(state, cls):
+        raise TypeError(
+            f"the state of {made_by} must be a {cls.__name__} as made by init, got a "
+            f"{type(state).__name__}"
+        )

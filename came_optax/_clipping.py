@@ -25,6 +25,8 @@ def clip_by_leaf_rms(
         return optax.with_extra_args_support(optax.identity())
 
     def clip(u: jax.Array, axes: FactoredAxes) -> jax.Array:
+        if u.size == 0:
+            return u
         shared = tuple(axis for axis in range(u.ndim) if axis not in axes.stack)
         rms = jnp.expand_dims(jnp.sqrt(mean_square(u, shared, 0.0)), shared)
         excess = rms / jnp.asarray(threshold, rms.dtype)

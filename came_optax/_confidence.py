@@ -12,9 +12,11 @@ from came_optax import _statistics as stats
 from came_optax._checks import (
     KeyPath,
     check_decay,
+    check_epsilon,
+    check_flag,
     check_inexact,
-    check_positive,
-    check_updates,
+    check_same_leaves,
+    check_state,
 )
 from came_optax._factoring import (
     FactoredAxes,
@@ -76,7 +78,7 @@ def scale_by_confidence(
     Args:
       b1: decay rate of the momentum, :math:`\beta_1`; 0 ≤ b1 < 1.
       b3: decay rate of the instability, :math:`\beta_3`; 0 ≤ b3 < 1.
-      eps2: added to the instability, :math:`\varepsilon_2`; > 0.
+      eps2: added to the instability, :math:`\varepsilon_2`; ≥ 1e-30.
       factoring: which axes of each leaf are rows and columns.
       mu_dtype: how momentum is stored between steps: ``"float32"`` (float64 for
         float64 parameters) or ``"bfloat16"``. Arithmetic uses the unrounded momentum.
@@ -90,7 +92,7 @@ def scale_by_confidence(
 
     Raises:
       ValueError: an argument or a leaf's axes are out of range.
-      TypeError: at ``init``, for integer parameters.
+      TypeError: integer leaves, or a state that another transformation made.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -107,7 +109,8 @@ def scale_by_confidence(
     """
     check_decay("b1", b1)
     check_decay("b3", b3)
-    check_positive("eps2", eps2)
+    check_epsilon("eps2", eps2)
+    check_flag("bias_correction", bias_correction)
     check_factoring(factoring)
     momentum.check_dtype(mu_dtype)
     b1, b3 = jnp.asarray(b1, jnp.float32), jnp.asarray(b3, jnp.float32)
@@ -122,7 +125,7 @@ def scale_by_confidence(
                 stats.init_statistic(p, col_mean),
             )
 
-        check_inexact(params)
+        check_inexact("params", params)
         leaves = jax.tree.map(init_leaf, params, factored_axes(factoring, params))
         return _to_state(jnp.zeros([], jnp.int32), leaves)
 
@@ -133,7 +136,9 @@ def scale_by_confidence(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByConfidenceState]:
         del params, extra_args
-        check_updates(updates, state.mu)
+        check_state(state, ScaleByConfidenceState, "scale_by_confidence")
+        check_inexact("updates", updates)
+        check_same_leaves("updates", updates, "state", state.mu)
         count = optax.safe_increment(state.count)
 
         def update_leaf(
@@ -148,6 +153,7 @@ def scale_by_confidence(
             stats.check_statistic("s_row", path, s_row, u.shape, row_mean)
             stats.check_statistic("s_col", path, s_col, u.shape, col_mean)
             x = stats.in_precision_of(s_row, u)
+            momentum.check(path, mu, x, mu_dtype)
             m = stats.moving_average(momentum.load(mu, x), x, b1)
             delta = m
             if axes.factored:

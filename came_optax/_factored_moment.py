@@ -11,9 +11,11 @@ from came_optax import _statistics as stats
 from came_optax._checks import (
     KeyPath,
     check_decay,
+    check_epsilon,
+    check_flag,
     check_inexact,
-    check_positive,
-    check_updates,
+    check_same_leaves,
+    check_state,
 )
 from came_optax._factoring import (
     FactoredAxes,
@@ -68,7 +70,7 @@ def scale_by_factored_moment(
 
     Args:
       b2: decay rate of the second moment, :math:`\beta_2`; 0 ≤ b2 < 1.
-      eps1: added to the squared gradient, :math:`\varepsilon_1`; > 0.
+      eps1: added to the squared gradient, :math:`\varepsilon_1`; ≥ 1e-30.
       factoring: which axes of each leaf are rows and columns.
       bias_correction: divide the second moment by :math:`1 - \beta_2^t`.
 
@@ -78,15 +80,15 @@ def scale_by_factored_moment(
 
     Raises:
       ValueError: an argument or a leaf's axes are out of range.
-      TypeError: at ``init``, for integer parameters.
+      TypeError: integer leaves, or a state that another transformation made.
 
     References:
       Shazeer and Stern, `Adafactor <https://arxiv.org/abs/1804.04235>`_, 2018;
       Luo et al., `CAME <https://arxiv.org/abs/2307.02047>`_, 2023.
     """
     check_decay("b2", b2)
-    check_positive("eps1", eps1)
-
+    check_epsilon("eps1", eps1)
+    check_flag("bias_correction", bias_correction)
     check_factoring(factoring)
     b2, eps1 = jnp.asarray(b2, jnp.float32), jnp.asarray(eps1, jnp.float32)
 
@@ -94,7 +96,7 @@ def scale_by_factored_moment(
         def init_leaf(p: Any, axes: FactoredAxes) -> _Leaf:
             return _Leaf(*(stats.init_statistic(p, m) for m in stats.reductions(axes)))
 
-        check_inexact(params)
+        check_inexact("params", params)
         leaves = jax.tree.map(init_leaf, params, factored_axes(factoring, params))
         return _to_state(jnp.zeros([], jnp.int32), leaves)
 
@@ -105,7 +107,9 @@ def scale_by_factored_moment(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByFactoredMomentState]:
         del params, extra_args
-        check_updates(updates, state.v)
+        check_state(state, ScaleByFactoredMomentState, "scale_by_factored_moment")
+        check_inexact("updates", updates)
+        check_same_leaves("updates", updates, "state", state.v)
         count = optax.safe_increment(state.count)
 
         def update_leaf(

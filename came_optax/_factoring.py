@@ -92,6 +92,13 @@ class LargestTwoAxes:
 
     min_dim_size: int = 128
 
+    def __post_init__(self) -> None:
+        if not _is_int(self.min_dim_size) or self.min_dim_size < 1:
+            raise ValueError(
+                "LargestTwoAxes(min_dim_size=...) must be an int >= 1, got "
+                f"{self.min_dim_size!r}"
+            )
+
     def axes(self, path: KeyPath, shape: Shape) -> FactoredAxes | None:
         """See :class:`FactoringRule`."""
         del path
@@ -154,6 +161,18 @@ class Stacked:
     axis: int = 0
     where: str = ""
 
+    def __post_init__(self) -> None:
+        check_factoring(self.rule, "Stacked(rule=...)")
+        if not _is_int(self.axis):
+            raise TypeError(f"Stacked(axis=...) must be an int, got {self.axis!r}")
+        try:
+            re.compile(self.where)
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                f"Stacked(where=...) must be a regular expression, got "
+                f"{self.where!r}: {error}"
+            ) from error
+
     def axes(self, path: KeyPath, shape: Shape) -> FactoredAxes | None:
         """See :class:`FactoringRule`."""
         if not re.search(self.where, path_name(path)):
@@ -176,6 +195,10 @@ class Stacked:
         )
 
 
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
 def checked_axes(
     axes: FactoredAxes | None, path: KeyPath, shape: Shape
 ) -> FactoredAxes:
@@ -186,25 +209,28 @@ def checked_axes(
     if not isinstance(axes, FactoredAxes):
         raise TypeError(f"{answer}; allowed are FactoredAxes and None")
     ndim = len(shape)
+    if not all(isinstance(some, tuple) for some in (axes.row, axes.col, axes.stack)):
+        raise TypeError(f"{answer}; row, col and stack must be tuples of axes")
     named = (*axes.row, *axes.col, *axes.stack)
-    if not all(isinstance(axis, int) and -ndim <= axis < ndim for axis in named):
-        raise ValueError(f"{answer}; allowed are axes from {-ndim} to {ndim - 1}")
+    if not all(_is_int(axis) and -ndim <= axis < ndim for axis in named):
+        allowed = f"axes from {-ndim} to {ndim - 1}" if ndim else "no axes"
+        raise ValueError(f"{answer}; allowed are {allowed}")
     if len({axis % ndim for axis in named}) < len(named):
         raise ValueError(f"{answer}; an axis may be named only once")
     if bool(axes.row) != bool(axes.col):
         raise ValueError(f"{answer}; name both row and col axes, or neither")
 
     def from_zero(axes: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(axis % ndim for axis in axes)
+        return tuple(int(axis) % ndim for axis in axes)
 
     return FactoredAxes(from_zero(axes.row), from_zero(axes.col), from_zero(axes.stack))
 
 
-def check_factoring(rule: Any) -> None:
+def check_factoring(rule: Any, name: str = "factoring") -> None:
     """Raises unless ``rule`` is a factoring rule."""
     if isinstance(rule, type) or not isinstance(rule, FactoringRule):
         raise TypeError(
-            f"factoring must be an object with a method axes(path, shape), such as "
+            f"{name} must be an object with a method axes(path, shape), such as "
             f"LastTwoAxes(), got {rule!r}"
         )
 

@@ -13,8 +13,12 @@ from came_optax._factoring import FactoredAxes
 
 
 def real_dtype(dtype: Any) -> Any:
-    """Returns the dtype of a leaf's statistics: float32, or float64 for 64 bits."""
-    return jnp.float64 if jnp.finfo(dtype).bits == 64 else jnp.float32
+    """Returns the dtype of a leaf's statistics: float32, or float64 for 64 bits.
+
+    Without ``jax_enable_x64``, NumPy's 64 bits are 32 to JAX.
+    """
+    wide = jnp.finfo(jax.dtypes.canonicalize_dtype(dtype)).bits == 64
+    return jnp.float64 if wide else jnp.float32
 
 
 def in_precision_of(statistic: jax.Array, x: jax.Array) -> jax.Array:
