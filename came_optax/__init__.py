@@ -14,6 +14,7 @@ from came_optax._factoring import (
     LastTwoAxes,
     Stacked,
 )
+from came_optax._sharding import state_sharding
 from came_optax._version import __version__
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "scale_by_came",
     "scale_by_confidence",
     "scale_by_factored_moment",
+    "state_sharding",
 ]

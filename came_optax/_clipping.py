@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from came_optax._boxes import unboxed
 from came_optax._factoring import FactoredAxes, FactoringRule, factored_axes
 from came_optax._statistics import mean_square
 
@@ -42,4 +43,6 @@ def clip_by_leaf_rms(
         axes = factored_axes(factoring, updates)
         return jax.tree.map(clip, updates, axes), state
 
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
+    return unboxed(
+        optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
+    )

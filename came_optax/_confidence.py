@@ -9,6 +9,7 @@ import optax
 
 from came_optax import _momentum as momentum
 from came_optax import _statistics as stats
+from came_optax._boxes import unboxed
 from came_optax._checks import (
     KeyPath,
     check_decay,
@@ -178,7 +179,7 @@ def scale_by_confidence(
         )
         return jax.tree.map(lambda leaf: leaf.delta, leaves), _to_state(count, leaves)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return unboxed(optax.GradientTransformationExtraArgs(init_fn, update_fn))
 
 
 @dataclasses.dataclass(frozen=True)

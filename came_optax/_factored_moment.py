@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from came_optax import _statistics as stats
+from came_optax._boxes import unboxed
 from came_optax._checks import (
     KeyPath,
     check_decay,
@@ -146,7 +147,7 @@ def scale_by_factored_moment(
         )
         return jax.tree.map(lambda leaf: leaf.u, leaves), _to_state(count, leaves)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return unboxed(optax.GradientTransformationExtraArgs(init_fn, update_fn))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -65,7 +65,7 @@ def init_statistic(p: Any, mean_over: tuple[int, ...] | None) -> jax.Array:
     if mean_over is None:
         return jnp.zeros((1,), dtype)
     like = jax.eval_shape(lambda p: jnp.mean(jnp.real(p), mean_over, dtype), p)
-    return jnp.zeros_like(like)
+    return jnp.zeros(like.shape, like.dtype, device=like.sharding)
 
 
 def check_statistic(

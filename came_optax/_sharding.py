@@ -1,0 +1,152 @@
+"""Where an optimizer's state lives on a mesh."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+from came_optax._checks import KeyPath, path_name
+
+
+def state_sharding(
+    tx: optax.GradientTransformation, params: Any, params_sharding: Any
+) -> Any:
+    """Returns shardings for ``tx.init(params)`` that follow the parameters'.
+
+    First moments and other arrays shaped like a parameter get its sharding, factored
+    statistics the parameter's spec without the axes that they are means over, counters
+    and placeholders are replicated. Works for any transformation whose ``init`` derives
+    its arrays from the parameters (``jnp.zeros_like``, means, and so on), however
+    wrapped: ``optax.chain``, ``masked``, ``partition``, ``MultiSteps``,
+    ``inject_hyperparams``. What ``init`` makes from a bare shape is replicated.
+
+    For meshes with ``Auto`` axes; on ``Explicit`` axes, ``jax.make_mesh``'s default in
+    newer releases of JAX, the state follows its parameters by itself. Inside
+    ``jax.shard_map`` means would be local to a shard: update under ``jax.jit``.
+
+    Args:
+      tx: the optimizer.
+      params: the parameters, as arrays or as ``jax.ShapeDtypeStruct``.
+      params_sharding: a ``NamedSharding`` or a ``PartitionSpec`` for each parameter;
+        one may stand for a whole subtree, as in ``jax.jit``'s ``in_shardings``.
+
+    Returns:
+      A tree structured like ``tx.init(params)`` of the same kind of shardings. A
+      ``NamedSharding`` leaves out mesh axes that do not divide a dimension, which
+      ``jax.jit`` would not accept.
+
+    Raises:
+      TypeError: a leaf of ``params_sharding`` is of another kind, or they are mixed.
+      ValueError: a spec has more entries than its parameter dimensions, shardings are
+        on several meshes, or ``params_sharding`` does not fit ``params``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from jax.sharding import PartitionSpec as P
+      >>> from came_optax import came, state_sharding
+      >>> params = {"kernel": jax.ShapeDtypeStruct((512, 2048), jnp.float32)}
+      >>> specs = state_sharding(came(1e-3), params, {"kernel": P("fsdp", "tensor")})
+      >>> optax.tree.get(specs, "mu")["kernel"] == P("fsdp", "tensor")
+      True
+      >>> optax.tree.get(specs, "v_col")["kernel"] == P("tensor")
+      True
+
+      With a mesh, the state is created where it belongs::
+
+          shardings = state_sharding(tx, params, params_sharding)
+          state = jax.jit(tx.init, out_shardings=shardings)(params)
+    """
+    shardings = jax.tree.broadcast(params_sharding, params, is_leaf=_is_sharding)
+    jax.tree.map_with_path(_check_sharding, params, shardings)
+    kinds = {type(s) for s in jax.tree.leaves(shardings)}
+    meshes = {s.mesh for s in jax.tree.leaves(shardings) if hasattr(s, "mesh")}
+    if len(kinds) > 1:
+        raise TypeError("params_sharding mixes NamedSharding and PartitionSpec leaves")
+    if len(meshes) > 1:
+        raise ValueError(f"params_sharding names {len(meshes)} meshes, allowed is one")
+    specs = jax.tree.map(lambda s: getattr(s, "spec", s), shardings)
+    state, state_specs = trace_init(tx.init, params, specs)
+    if not meshes:
+        return state_specs
+    mesh = meshes.pop()
+
+    def place(x: jax.ShapeDtypeStruct, spec: PartitionSpec) -> NamedSharding:
+        return NamedSharding(mesh, _dividing(spec, x.shape, mesh.shape))
+
+    return jax.tree.map(place, state, state_specs)
+
+
+def trace_init(init: Callable[[Any], Any], params: Any, specs: Any) -> tuple[Any, Any]:
+    """Returns the shapes of ``init(params)``, and specs that follow those given.
+
+    On ``Explicit`` mesh axes JAX keeps track of shardings in the types of arrays. This
+    traces ``init`` with all axes explicit, whatever the mesh is, and of size 1, so that
+    every dimension can be divided.
+    """
+    names = {
+        name: None  # A dict, to keep the order.
+        for spec in jax.tree.leaves(specs)
+        for entry in spec
+        for name in (entry if isinstance(entry, tuple) else (entry,))
+        if name is not None
+    }
+    mesh = AbstractMesh(
+        (1,) * len(names), tuple(names), axis_types=(AxisType.Explicit,) * len(names)
+    )
+
+    def with_spec(p: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, spec) if names else None
+        return jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=sharding)
+
+    # A context mesh cannot be replaced by one of another size, but by none.
+    no_mesh = AbstractMesh((), ())
+    with jax.sharding.use_abstract_mesh(no_mesh), jax.sharding.use_abstract_mesh(mesh):
+        state = jax.eval_shape(init, jax.tree.map(with_spec, params, specs))
+    return state, jax.tree.map(_spec_of, state)
+
+
+def _spec_of(x: jax.ShapeDtypeStruct) -> PartitionSpec:
+    """Returns the spec in an array's type, without trailing None."""
+    entries = () if x.sharding is None else tuple(x.sharding.spec)
+    while entries and entries[-1] is None:
+        entries = entries[:-1]
+    return PartitionSpec(*entries)
+
+
+def _dividing(spec: PartitionSpec, shape: Any, sizes: Any) -> PartitionSpec:
+    """Returns the spec without the mesh axes that don't divide their dimension."""
+
+    def keep(entry: Any, size: int) -> Any:
+        names = entry if isinstance(entry, tuple) else (entry,)
+        kept = []
+        for name in names:
+            if name is None or size % sizes[name]:
+                break
+            size //= sizes[name]
+            kept.append(name)
+        if len(kept) == len(names):
+            return entry
+        return tuple(kept) or None
+
+    return PartitionSpec(*map(keep, spec, shape))
+
+
+def _is_sharding(x: Any) -> bool:
+    return isinstance(x, NamedSharding | PartitionSpec)
+
+
+def _check_sharding(path: KeyPath, p: Any, sharding: Any) -> None:
+    """Raises unless ``sharding`` is of a kind, and a rank, that fits a parameter."""
+    if not _is_sharding(sharding):
+        raise TypeError(
+            f"params_sharding at {path_name(path)!r} is {sharding!r}; allowed are "
+            "NamedSharding and PartitionSpec"
+        )
+    spec = getattr(sharding, "spec", sharding)
+    if len(spec) > len(p.shape):
+        raise ValueError(
+            f"params_sharding at {path_name(path)!r} is {spec}, for a parameter of "
+            f"shape {p.shape}"
+        )
