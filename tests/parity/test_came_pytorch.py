@@ -1,0 +1,356 @@
+"""CAME against the authors' PyTorch code, came-pytorch 0.1.3: parameters and state.
+
+Both optimizers are given the same 300 gradients, and every array that they keep is
+compared after every step. The last tests show that the comparison can fail.
+"""
+
+import functools
+import importlib
+import pathlib
+import shutil
+import sys
+from typing import Any, NamedTuple
+
+import came_pytorch
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+
+import came_optax
+
+pytestmark = pytest.mark.parity
+
+STEPS = 300
+SHAPES = [
+    (),
+    (1,),
+    (7,),
+    (1, 1),
+    (6, 1),
+    (1, 5),
+    (6, 5),
+    (5, 5),
+    (3, 4, 5),
+    (2, 1, 4),
+    (2, 3, 4, 5),
+    (3, 3, 1, 6),
+]
+KINDS = ["normal", "heavy-tailed", "sparse", "biased", "changing scale"]
+
+
+class Hyperparameters(NamedTuple):
+    """What the two optimizers are given."""
+
+    betas: tuple[float, float, float]
+    eps: tuple[float, float]
+    clip: float
+
+
+PUBLISHED = Hyperparameters((0.9, 0.999, 0.9999), (1e-30, 1e-16), 1.0)
+OTHER = Hyperparameters((0.5, 0.9, 0.97), (1e-3, 1e-2), 0.3)
+RUNS = [(kind, scale, PUBLISHED) for kind in KINDS for scale in (1e-8, 1.0, 1e4)]
+RUNS += [(kind, 1.0, OTHER) for kind in KINDS]
+
+WEIGHT_DECAY = 0.1
+# Linear warmup from 1e-3 to 1e-2, then a cosine to 0.
+LEARNING_RATES = np.minimum(
+    np.linspace(1e-3, 1e-2, 20).repeat([1] * 19 + [STEPS - 19]),
+    5e-3 * (1 + np.cos(np.linspace(0, np.pi, STEPS))),
+).astype(np.float32)
+
+STATE_NAMES = {
+    "v_row": "exp_avg_sq_row",
+    "v_col": "exp_avg_sq_col",
+    "v": "exp_avg_sq",
+    "mu": "exp_avg",
+    "s_row": "exp_avg_res_row",
+    "s_col": "exp_avg_res_col",
+}
+# Relative to: the distance that the parameters moved, the size of the momentum, each
+# element of the statistics.
+TOLERANCES = dict.fromkeys(STATE_NAMES, 1e-5) | {"params": 1e-4}
+
+History = dict[str, np.ndarray]
+
+
+def gradients(kind: str, scale: float, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns STEPS gradients of a leaf, float32."""
+    rng = np.random.default_rng([KINDS.index(kind), *shape])
+    size = (STEPS, *shape)
+    g = rng.normal(size=size)
+    if kind == "heavy-tailed":
+        g = rng.standard_t(df=2, size=size)
+    elif kind == "sparse":
+        g *= active(rng, (*shape[:-1], 1) if shape else ())
+        if len(shape) > 1:
+            g *= active(rng, (*shape[:-2], 1, shape[-1]))
+    elif kind == "biased":
+        g += 3 * rng.normal(size=shape)
+    elif kind == "changing scale":
+        exponents = rng.uniform(-4, 4, size=STEPS)
+        g *= 10 ** exponents.reshape(STEPS, *(1 for _ in shape))
+    return (scale * g).astype(np.float32)
+
+
+def active(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns 1 for the rows (or columns) with a gradient, 0 for the others.
+
+    They change every 20 steps; some have none until step 200, a few none ever.
+    """
+    n = STEPS // 20
+    first = rng.choice([0, 0, 0, n * 2 // 3, n], size=shape)
+    on = rng.random((n, *shape)) < 0.6
+    on &= np.arange(n).reshape(n, *(1 for _ in shape)) >= first
+    return np.repeat(on, 20, axis=0)
+
+
+def initial_parameter(shape: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng(shape).normal(size=shape).astype(np.float32)
+
+
+@functools.cache
+def training(came: Any, hyperparameters: Hyperparameters) -> Any:
+    """Returns a compiled function from parameters and gradients to the history."""
+
+    def learning_rate(count: jax.Array) -> jax.Array:
+        return jnp.asarray(LEARNING_RATES)[count]
+
+    betas, eps, clip = hyperparameters
+    tx = came(learning_rate, *betas, *eps, clip, WEIGHT_DECAY)
+
+    def step(carry: Any, grads: Any) -> Any:
+        params, state = carry
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        arrays = {name: optax.tree.get(state, name) for name in STATE_NAMES}
+        return (params, state), {"params": params, **arrays}
+
+    def train(params: Any, grads: Any) -> Any:
+        return jax.lax.scan(step, (params, tx.init(params)), grads)[1]
+
+    return jax.jit(train)
+
+
+def run_optax(
+    came: Any, grads: dict[str, np.ndarray], hyperparameters: Hyperparameters
+) -> dict[str, History]:
+    """Returns each leaf's parameter and state after every step."""
+    params = {leaf: initial_parameter(g.shape[1:]) for leaf, g in grads.items()}
+    arrays = training(came, hyperparameters)(*jax.device_put((params, grads)))
+    return {
+        leaf: {name: np.asarray(array[leaf]) for name, array in arrays.items()}
+        for leaf in grads
+    }
+
+
+def run_torch(
+    grads: dict[str, np.ndarray], hyperparameters: Hyperparameters
+) -> dict[str, History]:
+    """The same, by the authors' code."""
+    params = {
+        leaf: torch.nn.Parameter(torch.tensor(initial_parameter(g.shape[1:])))
+        for leaf, g in grads.items()
+    }
+    optimizer = came_pytorch.CAME(
+        params.values(),
+        lr=1.0,
+        eps=hyperparameters.eps,
+        clip_threshold=hyperparameters.clip,
+        # The library's betas are float32. came-pytorch takes 1 - beta in float64, where
+        # 1 - float32(0.9999) differs from 1e-4 by 1.7e-4: give it the float32 numbers.
+        betas=tuple(np.float32(hyperparameters.betas).tolist()),
+        weight_decay=WEIGHT_DECAY,
+    )
+    history: dict[str, dict[str, list[np.ndarray]]] = {leaf: {} for leaf in grads}
+    for t, learning_rate in enumerate(LEARNING_RATES.tolist()):
+        optimizer.param_groups[0]["lr"] = learning_rate
+        for leaf, p in params.items():
+            p.grad = torch.tensor(grads[leaf][t])
+        optimizer.step()
+        for leaf, p in params.items():
+            arrays = {"params": p.detach()} | {
+                ours: optimizer.state[p][theirs]
+                for ours, theirs in STATE_NAMES.items()
+                if theirs in optimizer.state[p]
+            }
+            for name, array in arrays.items():
+                history[leaf].setdefault(name, []).append(array.numpy().copy())
+    return {
+        leaf: {name: np.stack(steps) for name, steps in arrays.items()}
+        for leaf, arrays in history.items()
+    }
+
+
+@functools.cache
+def trajectories(kind: str, scale: float, hyperparameters: Hyperparameters) -> Any:
+    """Returns our history and theirs, of all leaves in one run."""
+    grads = {str(shape): gradients(kind, scale, shape) for shape in SHAPES}
+    return (
+        run_optax(came_optax.came, grads, hyperparameters),
+        run_torch(grads, hyperparameters),
+    )
+
+
+def errors(ours: History, theirs: History) -> dict[str, np.ndarray]:
+    """Returns the error of each array of one leaf after every step; NaN is an error."""
+    result = {}
+    for name, expected in theirs.items():
+        assert np.isfinite(expected).all(), f"{name} of came-pytorch is not finite"
+        if ours[name].shape != expected.shape or ours[name].dtype != expected.dtype:
+            result[name] = np.full(STEPS, np.inf)
+            continue
+        a, b = (x.reshape(STEPS, -1).astype(np.float64) for x in (ours[name], expected))
+        difference = np.abs(a - b)
+        if name == "params":
+            # Each step rounds parameters of order 1 to 1e-7 of themselves. On the first
+            # steps that is more than the tolerance times a distance of 1e-3, so that
+            # 4 units in the last place are always allowed: 1e-6 at most.
+            floor = 4 * np.spacing(np.abs(expected).max()).astype(np.float64)
+            difference = np.maximum(difference - floor, 0)
+            unit = largest_so_far(b - initial_parameter(expected.shape[1:]).ravel())
+        elif name == "mu":
+            unit = largest_so_far(b)
+        else:
+            unit = b
+        with np.errstate(divide="ignore"):
+            # Equal is no error, even where nothing has moved yet.
+            error = np.divide(difference, unit, np.zeros_like(a), where=difference != 0)
+        result[name] = error.max(axis=1)
+    return result
+
+
+def largest_so_far(x: np.ndarray) -> np.ndarray:
+    return np.maximum.accumulate(np.abs(x).max(axis=1, keepdims=True))
+
+
+def disagreements(ours: History, theirs: History) -> dict[str, str]:
+    """Returns what to say of each array that is not as came-pytorch has it."""
+    result = {}
+    for name, error in errors(ours, theirs).items():
+        wrong = ~(error <= TOLERANCES[name])
+        if wrong.any():
+            first = int(np.argmax(wrong))
+            result[name] = (
+                f"error {error[first]:.1e} after step {first + 1}, {error.max():.1e} "
+                f"at most; allowed are {TOLERANCES[name]:.0e}"
+            )
+    return result
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "scale", "hyperparameters"),
+    RUNS,
+    ids=[f"{k}-{s:g}-{'published' if h is PUBLISHED else 'other'}" for k, s, h in RUNS],
+)
+def test_parameters_and_state_agree(kind, scale, hyperparameters, shape):
+    ours, theirs = trajectories(kind, scale, hyperparameters)
+    leaf = str(shape)
+    expected = {"params", "mu"} | (
+        {"v_row", "v_col", "s_row", "s_col"} if len(shape) > 1 else {"v"}
+    )
+    assert theirs[leaf].keys() == expected
+    assert not disagreements(ours[leaf], theirs[leaf])
+
+
+STATISTICS = {"v_row", "v_col", "s_row", "s_col"}
+CONFIDENCE_ON = {"s_row", "s_col", "params"}
+MOMENTUM_ON = {"mu"} | CONFIDENCE_ON
+EVERYTHING = STATISTICS | MOMENTUM_ON
+
+# Name, module, code, what it is replaced by, and the arrays of a matrix that must
+# disagree then.
+MUTATIONS = [
+    ("nothing", "_factoring", "(ndim - 2,)", "(ndim - 2,)", set()),
+    # The two roles enter the update alike: only the state can tell.
+    (
+        "row and column statistics swapped",
+        "_factoring",
+        "FactoredAxes((ndim - 2,), (ndim - 1,))",
+        "FactoredAxes((ndim - 1,), (ndim - 2,))",
+        STATISTICS,
+    ),
+    (
+        "row and column swapped where they are applied",
+        "_statistics",
+        "row = jnp.expand_dims(row, axes.col)",
+        "row, col = jnp.expand_dims(col, axes.col), row",
+        MOMENTUM_ON,
+    ),
+    (
+        "no division by the mean of the row statistic",
+        "_statistics",
+        "jnp.sqrt(jnp.mean(row, axes.row, keepdims=True))",
+        "jnp.ones(())",
+        MOMENTUM_ON,
+    ),
+    ("no clip", "_clipping", "jnp.maximum(1.0, excess)", "jnp.ones(())", MOMENTUM_ON),
+    (
+        "old momentum in the residual",
+        "_confidence",
+        "residual = x - m",
+        "residual = x - momentum.load(mu, x)",
+        CONFIDENCE_ON,
+    ),
+    (
+        "no confidence",
+        "_confidence",
+        "delta = stats.divide_by_factored_root(m, s_row, s_col, axes)",
+        "pass",
+        {"params"},
+    ),
+    ("no ε1", "_factored_moment", "b2, eps1)", "b2, 0 * eps1)", EVERYTHING),
+    ("no ε2", "_confidence", "b3, eps2)", "b3, 0 * eps2)", CONFIDENCE_ON),
+    # Outside the mean alone it would be the same number.
+    (
+        "ε outside the moving average",
+        "_statistics",
+        "mean_square(x, mean_over, eps), decay)",
+        "mean_square(x, mean_over, 0 * eps), decay) + eps",
+        STATISTICS,
+    ),
+    ("b1 for b3", "_confidence", "b3, eps2)", "b1, eps2)", CONFIDENCE_ON),
+    (
+        "bias correction",
+        "_came",
+        "bias_correction: bool = False",
+        "bias_correction: bool = True",
+        MOMENTUM_ON,
+    ),
+]
+
+
+def import_mutant(monkeypatch, folder, module, old, new):
+    """Returns ``came`` from a copy of the package with some code replaced."""
+    package = folder / "came_optax"
+    shutil.copytree(pathlib.Path(came_optax.__file__).parent, package)
+    source = package / f"{module}.py"
+    text = source.read_text(encoding="utf-8")
+    assert old in text, f"{module}.py has no {old!r} any more: rewrite this mutation"
+    source.write_text(text.replace(old, new), encoding="utf-8")
+    for name in [*sys.modules]:
+        if name.split(".")[0] == "came_optax":
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(folder)
+    mutant = importlib.import_module("came_optax")
+    assert pathlib.Path(mutant.__file__).parent == package
+    return mutant.came
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new", "must_disagree"),
+    [mutation[1:] for mutation in MUTATIONS],
+    ids=[mutation[0] for mutation in MUTATIONS],
+)
+def test_a_wrong_algorithm_disagrees(
+    monkeypatch, tmp_path, module, old, new, must_disagree
+):
+    came = import_mutant(monkeypatch, tmp_path, module, old, new)
+    _, theirs = trajectories("sparse", 1.0, PUBLISHED)
+    leaf = "(5, 5)"
+    ours = run_optax(came, {leaf: gradients("sparse", 1.0, (5, 5))}, PUBLISHED)
+    found = disagreements(ours[leaf], theirs[leaf])
+    assert found.keys() == must_disagree, found
