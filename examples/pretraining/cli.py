@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,7 +12,12 @@ from pretraining.errors import Interrupted, UserError
 
 
 def parse(
-    name: str, document: str, groups: Sequence[type], argv: Sequence[str] | None = None
+    name: str,
+    document: str,
+    groups: Sequence[type],
+    argv: Sequence[str] | None = None,
+    *,
+    defaults: Mapping[str, Any] | None = None,
 ) -> list[Any]:
     """Parses the command line into an instance of each option dataclass.
 
@@ -24,8 +29,9 @@ def parse(
         groups: Option dataclasses, titled by their docstrings: "Options for ...".
             `runs.RunOptions` is added as the last.
         argv: The arguments, by default the process's.
+        defaults: Values of options whose own default doesn't suit this script.
     """
-    groups = [*groups, runs.RunOptions]
+    groups, defaults = [*groups, runs.RunOptions], defaults or {}
     parser = _Parser(
         usage="%(prog)s [options]",
         description=document,
@@ -40,7 +46,8 @@ def parse(
             if field.default not in (None, False, ""):
                 keywords["help"] += " (default: %(default)s)"
             flag = "--" + field.name.replace("_", "-")
-            arguments.add_argument(flag, default=field.default, **keywords)
+            default = defaults.get(field.name, field.default)
+            arguments.add_argument(flag, default=default, **keywords)
     args = parser.parse_args(argv)
     if args.resume:
         from pretraining.checkpoints import Checkpoints  # Slow to import.

@@ -17,20 +17,27 @@ from pretraining.task import Record, Task
 
 
 class Windows(Sequence[Record]):
-    """A token stream cut into records of `length` tokens and the one that follows."""
+    """A token stream cut into records of `length` tokens and the `overlap` next ones.
 
-    def __init__(self, tokens: np.ndarray, length: int):
+    Raises:
+        UserError: `length` leaves no token for a record.
+    """
+
+    def __init__(self, tokens: np.ndarray, length: int, overlap: int = 1):
+        if length < 1:
+            raise UserError(f"--seq-len: {1 - length} too short for this task")
         self._tokens = tokens
         self._length = length
+        self._overlap = overlap
 
     def __len__(self) -> int:
-        return max(len(self._tokens) - 1, 0) // self._length
+        return max(len(self._tokens) - self._overlap, 0) // self._length
 
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):
             raise IndexError(index)
         start = index * self._length
-        window = self._tokens[start : start + self._length + 1]
+        window = self._tokens[start : start + self._length + self._overlap]
         return {"tokens": window.astype(np.int32)}
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import tokenizers
 from tokenizers import Tokenizer
 
+from pretraining import masking
 from pretraining.files import write_atomically
 
 END_OF_TEXT = "<|endoftext|>"
@@ -35,11 +36,35 @@ def byte_level_bpe(documents: Sequence[str], vocab_size: int) -> Tokenizer:
     return _cached("bpe", documents, vocab_size, train)
 
 
+def wordpiece(documents: Sequence[str], vocab_size: int) -> Tokenizer:
+    """Returns BERT's kind of tokenizer: lower-case WordPiece, special tokens first."""
+
+    def train() -> Tokenizer:
+        tokenizer = Tokenizer(tokenizers.models.WordPiece(unk_token=masking.UNKNOWN))
+        tokenizer.normalizer = tokenizers.normalizers.BertNormalizer()
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = tokenizers.decoders.WordPiece()
+        trainer = tokenizers.trainers.WordPieceTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(masking.SPECIAL),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(documents, trainer)
+        tokenizer.post_processor = tokenizers.processors.BertProcessing(
+            *((t, tokenizer.token_to_id(t)) for t in (masking.SEP, masking.CLS))
+        )
+        return tokenizer
+
+    return _cached("wordpiece", documents, vocab_size, train)
+
+
 def encode(tokenizer: Tokenizer, documents: Iterable[str], start: str) -> np.ndarray:
     """Encodes documents into one stream, the token `start` before each."""
     start_id = tokenizer.token_to_id(start)
     tokens: list[int] = []
-    for encoding in tokenizer.encode_batch_fast(list(documents)):
+    for encoding in tokenizer.encode_batch_fast(
+        list(documents), add_special_tokens=False
+    ):
         tokens.append(start_id)
         tokens.extend(encoding.ids)
     return np.asarray(tokens, np.uint16 if max(tokens) < 2**16 else np.uint32)

@@ -145,7 +145,7 @@ class Trainer:
                 if last or step % training.eval_every == 0:
                     means = self.evaluate(None if last else training.eval_batches)
                     writer.write(step, **{f"validation_{k}": means[k] for k in means})
-                    progress.show({"validation loss": f"{means['loss']:.3f}"})
+                    progress.show({f"validation {k}": f"{means[k]:.3f}" for k in means})
                     progress.print_line(step)
                     speed.restart()
                 if last or step % training.checkpoint_every == 0 or interrupt.received:
