@@ -1,0 +1,81 @@
+"""The four targets that optax asks its optimizers to reach, real and complex."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import came_optax
+
+VARIANTS: dict[str, optax.GradientTransformation] = {
+    "published": came_optax.came(1e-2),
+    "bias_correction": came_optax.came(1e-2, bias_correction=True),
+    "update_clipping": came_optax.came(1e-2, update_clipping_threshold=1.0),
+    "bfloat16 mu": came_optax.came(1e-2, mu_dtype="bfloat16"),
+    "scale_by_came": optax.chain(came_optax.scale_by_came(), optax.scale(-1e-2)),
+    "first half": optax.chain(
+        came_optax.scale_by_factored_moment(), optax.scale(-3e-3)
+    ),
+    "both halves, no clip": optax.chain(
+        came_optax.scale_by_factored_moment(),
+        came_optax.scale_by_confidence(),
+        optax.scale(-3e-3),
+    ),
+}
+
+
+def abs_sq(x: jax.Array) -> jax.Array:
+    return jnp.real(x * jnp.conj(x))
+
+
+def squared_distance(params: Any, solution: Any) -> jax.Array:
+    differences = jax.tree.map(lambda p, q: abs_sq(p - q), params, solution)
+    return optax.tree.sum(differences)
+
+
+def rosenbrock(params: jax.Array, solution: jax.Array) -> jax.Array:
+    x, y = params
+    return abs_sq(solution[0] - x) + 100 * abs_sq(y - x**2)
+
+
+def target(name: str, dtype: Any) -> tuple[Any, Any, Callable[[Any, Any], jax.Array]]:
+    """Returns the initial parameters, the solution and the objective of both."""
+    array = functools.partial(jnp.asarray, dtype=dtype)
+    turn = array(1 + 1j) if jnp.issubdtype(dtype, jnp.complexfloating) else array(1)
+    if name == "parabola":
+        start = array([-1.0, 10.0, 1.0])
+        return start, turn * array([1.0, -1.0, 1.0]), squared_distance
+    if name == "rosenbrock":
+        return array([0.0, 0.0]), jnp.stack([turn, turn**2]), rosenbrock
+    if name == "matrix":
+        solution = turn * array([[3.0, -2.0], [1.0, 4.0]])
+        return jnp.zeros_like(solution), solution, squared_distance
+    mixed = [turn * array([1.0, -1.0, 2.0]), turn * array([[1.0, 0.0], [-1.0, 1.0]])]
+    return optax.tree.zeros_like(mixed), mixed, squared_distance
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex64], ids=["real", "complex"])
+@pytest.mark.parametrize("name", ["parabola", "rosenbrock", "matrix", "mixed"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_reaches_the_solution(variant: str, name: str, dtype: Any) -> None:
+    tx = VARIANTS[variant]
+    start, solution, objective = target(name, dtype)
+
+    def step(carry: Any, _: None) -> tuple[Any, None]:
+        params, state = carry
+        # optax's convention: the descent direction is the conjugate of jax's gradient.
+        grads = optax.tree.conj(jax.grad(objective)(params, solution))
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    @jax.jit
+    def optimize(params: Any) -> Any:
+        carry = params, tx.init(params)
+        return jax.lax.scan(step, carry, length=10_000)[0][0]
+
+    chex.assert_trees_all_close(optimize(start), solution, rtol=3e-2, atol=3e-2)
