@@ -103,7 +103,7 @@ def test_multi_steps_is_one_step_on_the_mean(name: str) -> None:
     chex.assert_trees_all_close(
         optax.tree.cast(second, jnp.float32),
         optax.tree.cast(expected, jnp.float32),
-        rtol=1e-2,  # of bfloat16
+        rtol=3e-2,  # of bfloat16, in which MultiSteps sums
     )
 
 
