@@ -14,7 +14,7 @@ On an accelerator:
 
 import dataclasses
 
-from pretraining import baselines, cli, corpus, tokenization
+from pretraining import baselines, cli, corpus, hugging_face, tokenization
 from pretraining.devices import compute_dtype
 from pretraining.masking import SEP, Masking
 from pretraining.models import bert
@@ -35,37 +35,26 @@ class ModelOptions:
     )
 
 
-def main() -> None:
-    model, text, optimizer, training, run = cli.parse(
-        "pretrain_bert",
-        __doc__,
-        [ModelOptions, corpus.TextOptions, OptimizerOptions, TrainingOptions],
-        defaults={"steps": 2000, "batch_size": 32},
-    )
+def make_task(
+    model: ModelOptions, text: corpus.TextOptions, seq_len: int | None = None
+) -> Task:
+    """Masked language modelling of the text, with a vocabulary learnt from it."""
     config = bert.SIZES[model.size]
-    length = training.seq_len or config.max_position_embeddings
+    length = seq_len or config.max_position_embeddings
     config = dataclasses.replace(
         config,
         vocab_size=model.vocab_size or config.vocab_size,
         max_position_embeddings=max(length, config.max_position_embeddings),
         dtype=compute_dtype(),
     )
-
     train_text, validation_text = corpus.split(corpus.load(text))
     tokenizer = tokenization.wordpiece(train_text, config.vocab_size)
     train_tokens = tokenization.encode(tokenizer, train_text, SEP)
     validation_tokens = tokenization.encode(tokenizer, validation_text, SEP)
-    print(
-        f"BERT {model.size}, {len(train_tokens):,} tokens to train on, "
-        f"{len(validation_tokens):,} held out; writing to {run.output}",
-        flush=True,
-    )
-
-    masking = Masking.of(tokenizer)
     unigram = baselines.cross_entropies(
         train_tokens, validation_tokens, config.vocab_size
     )["unigram"]
-    task = Task(
+    return Task(
         name=f"BERT {model.size}",
         make_model=lambda rngs: bert.MaskedLM(config, rngs=rngs),
         loss_fn=bert.masked_token_loss,
@@ -73,13 +62,30 @@ def main() -> None:
         train=Windows(train_tokens, length - 2, overlap=0),
         validation=Windows(validation_tokens, length - 2, overlap=0),
         tokens_per_record=length,
-        transform=masking,
+        transform=Masking.of(tokenizer),
         references={"unigram": unigram},
         options=dataclasses.asdict(model) | dataclasses.asdict(text),
         files={"tokenizer.json": tokenizer.to_str(pretty=True)},
     )
+
+
+def main() -> None:
+    model, text, optimizer, training, run = cli.parse(
+        "pretrain_bert",
+        __doc__,
+        [ModelOptions, corpus.TextOptions, OptimizerOptions, TrainingOptions],
+        defaults={"steps": 2000, "batch_size": 32},
+    )
+    task = make_task(model, text, training.seq_len)
+    length = task.tokens_per_record
+    print(
+        f"{task.name}, {len(task.train) * length:,} tokens to train on, "
+        f"{len(task.validation) * length:,} held out; writing to {run.output}",
+        flush=True,
+    )
     trainer = Trainer(task, optimizer, training, run)
     result = trainer.run()
+    hugging_face.save(run.output, trainer.model)
     print(f"\n{result}")
 
 

@@ -12,7 +12,16 @@ On an accelerator:
 
 import dataclasses
 
-from pretraining import baselines, cli, corpus, sampling, tokenization
+from tokenizers import Tokenizer
+
+from pretraining import (
+    baselines,
+    cli,
+    corpus,
+    hugging_face,
+    sampling,
+    tokenization,
+)
 from pretraining.devices import compute_dtype
 from pretraining.models import gpt2
 from pretraining.optimizers import OptimizerOptions
@@ -33,33 +42,24 @@ class ModelOptions:
     prompt: str = option("", "what the text sample at the end continues")
 
 
-def main() -> None:
-    model, text, optimizer, training, run = cli.parse(
-        "pretrain_gpt2",
-        __doc__,
-        [ModelOptions, corpus.TextOptions, OptimizerOptions, TrainingOptions],
-    )
+def make_task(
+    model: ModelOptions, text: corpus.TextOptions, seq_len: int | None = None
+) -> Task:
+    """Next-token prediction on the text, with a vocabulary learnt from it."""
     config = gpt2.SIZES[model.size]
-    length = training.seq_len or config.n_positions
+    length = seq_len or config.n_positions
     config = dataclasses.replace(
         config,
         vocab_size=model.vocab_size or config.vocab_size,
         n_positions=max(length, config.n_positions),
         dtype=compute_dtype(),
     )
-
     train_text, validation_text = corpus.split(corpus.load(text))
     tokenizer = tokenization.byte_level_bpe(train_text, config.vocab_size)
     start = tokenization.END_OF_TEXT
     train_tokens = tokenization.encode(tokenizer, train_text, start)
     validation_tokens = tokenization.encode(tokenizer, validation_text, start)
-    print(
-        f"GPT-2 {model.size}, {len(train_tokens):,} tokens to train on, "
-        f"{len(validation_tokens):,} held out; writing to {run.output}",
-        flush=True,
-    )
-
-    task = Task(
+    return Task(
         name=f"GPT-2 {model.size}",
         make_model=lambda rngs: gpt2.GPT2(config, rngs=rngs),
         loss_fn=gpt2.next_token_loss,
@@ -72,10 +72,27 @@ def main() -> None:
         options=dataclasses.asdict(model) | dataclasses.asdict(text),
         files={"tokenizer.json": tokenizer.to_str(pretty=True)},
     )
+
+
+def main() -> None:
+    model, text, optimizer, training, run = cli.parse(
+        "pretrain_gpt2",
+        __doc__,
+        [ModelOptions, corpus.TextOptions, OptimizerOptions, TrainingOptions],
+    )
+    task = make_task(model, text, training.seq_len)
+    length = task.tokens_per_record
+    print(
+        f"{task.name}, {len(task.train) * length:,} tokens to train on, "
+        f"{len(task.validation) * length:,} held out; writing to {run.output}",
+        flush=True,
+    )
     trainer = Trainer(task, optimizer, training, run)
     result = trainer.run()
+    hugging_face.save(run.output, trainer.model)
 
-    prompt = tokenizer.encode(start + model.prompt).ids
+    tokenizer = Tokenizer.from_str(task.files["tokenizer.json"])
+    prompt = tokenizer.encode(tokenization.END_OF_TEXT + model.prompt).ids
     tokens = sampling.sample(trainer.model, prompt, length, seed=training.seed)
     print(f"\nSample: {tokenizer.decode(tokens)}\n\n{result}")
 
