@@ -1,6 +1,6 @@
 """Where an optimizer's state lives on a mesh."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -108,11 +108,16 @@ def trace_init(init: Callable[[Any], Any], params: Any, specs: Any) -> tuple[Any
 
 
 def _spec_of(x: jax.ShapeDtypeStruct) -> PartitionSpec:
-    """Returns the spec in an array's type, without trailing None."""
-    entries = () if x.sharding is None else tuple(x.sharding.spec)
-    while entries and entries[-1] is None:
-        entries = entries[:-1]
-    return PartitionSpec(*entries)
+    """Returns the spec in an array's type."""
+    return PartitionSpec() if x.sharding is None else _trimmed(x.sharding.spec)
+
+
+def _trimmed(entries: Iterable[Any]) -> PartitionSpec:
+    """Returns a spec without trailing None, as users write it."""
+    kept = list(entries)
+    while kept and kept[-1] is None:
+        kept.pop()
+    return PartitionSpec(*kept)
 
 
 def _dividing(spec: PartitionSpec, shape: Any, sizes: Any) -> PartitionSpec:
@@ -130,7 +135,7 @@ def _dividing(spec: PartitionSpec, shape: Any, sizes: Any) -> PartitionSpec:
             return entry
         return tuple(kept) or None
 
-    return PartitionSpec(*map(keep, spec, shape))
+    return _trimmed(map(keep, spec, shape))
 
 
 def _is_sharding(x: Any) -> bool:

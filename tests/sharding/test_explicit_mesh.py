@@ -1,0 +1,100 @@
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from came_optax import (
+    BalancedSplit,
+    LargestTwoAxes,
+    LastTwoAxes,
+    Stacked,
+    came,
+    state_sharding,
+)
+
+# Each leaf of a shape with each way to shard it over three mesh axes.
+SPECS = {
+    (): [P()],
+    (8,): [P(), P("a"), P(("a", "b", "c"))],
+    (8, 16): [
+        P(),
+        P("a"),
+        P(None, "a"),
+        P("a", "b"),
+        P(("a", "b"), "c"),
+        P("c", ("a", "b")),
+        P(None, ("a", "b", "c")),
+    ],
+    (8, 4, 8): [P("a", "b", "c"), P(None, "b"), P(("c", "a"), None, "b")],
+}
+
+
+def sharded_params(mesh):
+    return {
+        f"{shape} {spec}": jax.device_put(jnp.ones(shape), NamedSharding(mesh, spec))
+        for shape, specs in SPECS.items()
+        for spec in specs
+    }
+
+
+def types(tree):
+    """Dtypes, shapes and shardings, such as "float32[8@a,16]"."""
+    return jax.tree.map(lambda x: str(jax.typeof(x)), tree)
+
+
+@pytest.mark.parametrize("mu_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        LastTwoAxes(),
+        LargestTwoAxes(8),
+        BalancedSplit(),
+        Stacked(LastTwoAxes(), where="4"),
+    ],
+    ids=lambda rule: type(rule).__name__,
+)
+def test_types_are_stable(explicit_mesh, rule, mu_dtype):
+    params = sharded_params(explicit_mesh(a=2, b=2, c=2))
+    tx = came(1e-3, weight_decay=0.1, factoring=rule, mu_dtype=mu_dtype)
+    state = jax.eval_shape(tx.init, params)
+    updates, new_state = jax.eval_shape(tx.update, params, state, params)
+    assert types(new_state) == types(state)
+    assert types(updates) == types(params)
+
+
+def test_compiled_and_eager_arrays_have_those_types(explicit_mesh):
+    mesh = explicit_mesh(a=2, b=2, c=2)
+    params = dict(list(sharded_params(mesh).items())[::2])
+    specs = {name: jax.typeof(p).sharding.spec for name, p in params.items()}
+    tx = came(1e-3)
+    expected = types(jax.eval_shape(tx.init, params))
+
+    @jax.jit
+    def step(params):
+        updates, state = tx.update(params, tx.init(params), params)
+        return optax.apply_updates(params, updates), state
+
+    new_params, state = step(params)
+    assert types(state) == types(tx.init(params)) == expected
+    assert types(new_params) == types(params)
+    # What the types say is where state_sharding puts the state on an Auto mesh.
+    shardings = state_sharding(
+        tx, params, {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+    )
+    for x, sharding in zip(
+        jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True
+    ):
+        assert x.sharding.is_equivalent_to(sharding, x.ndim)
+
+
+def test_one_eager_update(explicit_mesh):
+    mesh = explicit_mesh(a=4, b=2)
+    kernel = jax.device_put(jnp.ones((8, 4)), NamedSharding(mesh, P("a", "b")))
+    params = {"kernel": kernel}
+    tx = came(1e-3, weight_decay=0.1)
+    state = tx.init(params)
+    updates, new_state = tx.update(params, state, params)
+    assert types(new_state) == types(state)
+    assert types(updates) == types(params)

@@ -1,0 +1,271 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+from came_optax import (
+    BalancedSplit,
+    LargestTwoAxes,
+    LastTwoAxes,
+    Stacked,
+    came,
+    state_sharding,
+)
+
+PARAMS = {
+    "attention": jax.ShapeDtypeStruct((16, 4, 24), jnp.float32),
+    "bias": jax.ShapeDtypeStruct((32,), jnp.float32),
+    "kernel": jax.ShapeDtypeStruct((16, 32), jnp.float32),
+    "square": jax.ShapeDtypeStruct((32, 32), jnp.float32),
+    "temperature": jax.ShapeDtypeStruct((), jnp.float32),
+}
+SPECS = {
+    "attention": P("fsdp", None, "tensor"),
+    "bias": P("tensor"),
+    "kernel": P(("fsdp", "tensor")),
+    "square": P(None, "fsdp"),
+    "temperature": P(),
+}
+IS_MATRIX = {name: len(p.shape) > 1 for name, p in PARAMS.items()}
+IS_VECTOR = {name: not matrix for name, matrix in IS_MATRIX.items()}
+
+
+def find(state, name):
+    return optax.tree.get(state, name)
+
+
+@pytest.mark.parametrize(
+    ("rule", "attention_row", "attention_col"),
+    [
+        (LastTwoAxes(), P("fsdp"), P("fsdp", "tensor")),
+        (LargestTwoAxes(8), P("fsdp"), P(None, "tensor")),
+        (BalancedSplit(), P("fsdp", None), P("tensor")),
+        (Stacked(BalancedSplit()), P("fsdp"), P("fsdp", "tensor")),
+    ],
+)
+def test_statistics_keep_the_axes_they_have(rule, attention_row, attention_col):
+    params, specs = {"a": PARAMS["attention"]}, {"a": SPECS["attention"]}
+    state = state_sharding(came(1e-3, factoring=rule), params, specs)
+    assert find(state, "mu") == {"a": P("fsdp", None, "tensor")}
+    for kind in ("v", "s"):
+        assert trimmed(find(state, f"{kind}_row")["a"]) == trimmed(attention_row)
+        assert trimmed(find(state, f"{kind}_col")["a"]) == trimmed(attention_col)
+    assert find(state, "v") == {"a": P()}
+
+
+def trimmed(spec):
+    entries = list(spec)
+    while entries and entries[-1] is None:
+        entries.pop()
+    return P(*entries)
+
+
+WRAPPERS = {
+    "plain": lambda tx: tx,
+    "chain": lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
+    "masked": lambda tx: optax.masked(tx, dict.fromkeys(PARAMS, True)),
+    "partition": lambda tx: optax.partition(
+        {"all": tx, "none": optax.sgd(1e-2)}, dict.fromkeys(PARAMS, "all")
+    ),
+    "MultiSteps": lambda tx: optax.MultiSteps(tx, 4).gradient_transformation(),
+    "inject": lambda _: optax.inject_hyperparams(came)(learning_rate=1e-3),
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_wrappers_change_nothing(wrap):
+    state = state_sharding(wrap(came(1e-3)), PARAMS, SPECS)
+    assert find(state, "mu") == SPECS
+    assert find(state, "v_row") == {
+        "attention": P("fsdp"),
+        "bias": P(),
+        "kernel": P(("fsdp", "tensor")),
+        "square": P(),
+        "temperature": P(),
+    }
+    assert find(state, "v_col") == {
+        "attention": P("fsdp", "tensor"),
+        "bias": P(),
+        "kernel": P(),
+        "square": P("fsdp"),
+        "temperature": P(),
+    }
+    assert find(state, "v") == {
+        name: spec if IS_VECTOR[name] else P() for name, spec in SPECS.items()
+    }
+
+
+def test_partly_masked_and_accumulated():
+    tx = optax.MultiSteps(
+        optax.partition(
+            {"came": came(1e-3), "sgd": optax.sgd(1e-2, momentum=0.9)},
+            lambda params: jax.tree.map(
+                lambda p: "came" if p.ndim > 1 else "sgd", params
+            ),
+        ),
+        every_k_schedule=2,
+    )
+    state = state_sharding(tx, PARAMS, SPECS)
+    assert state.acc_grads == SPECS
+    assert state.mini_step == P()
+    matrices, vectors = (
+        {name: spec for name, spec in SPECS.items() if which[name]}
+        for which in (IS_MATRIX, IS_VECTOR)
+    )
+    mu = find(state, "mu")
+    assert {name: mu[name] for name in matrices} == matrices
+    trace = find(state, "trace")
+    assert {name: trace[name] for name in vectors} == vectors
+
+
+@pytest.mark.parametrize("tx", [optax.adamw(1e-3), optax.sgd(1e-2, momentum=0.9)])
+def test_other_optimizers(tx):
+    state = state_sharding(tx, PARAMS, SPECS)
+    moments = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, dict))
+    assert [m for m in moments if isinstance(m, dict)] in ([SPECS], [SPECS, SPECS])
+
+
+def test_one_sharding_may_stand_for_many(auto_mesh):
+    everywhere = NamedSharding(auto_mesh(fsdp=8), P())
+    state = state_sharding(came(1e-3), PARAMS, everywhere)
+    assert set(jax.tree.leaves(state)) == {everywhere}
+    nested = {"a": PARAMS, "b": PARAMS}
+    state = state_sharding(came(1e-3), nested, {"a": P(), "b": SPECS})
+    assert find(state, "mu") == {"a": dict.fromkeys(PARAMS, P()), "b": SPECS}
+
+
+def test_specs_of_no_mesh_axis():
+    specs = state_sharding(came(1e-3), PARAMS, P())
+    assert set(jax.tree.leaves(specs)) == {P()}
+
+
+@st.composite
+def sharded_leaves(draw):
+    """A shape and a spec that uses some of three mesh axes, each once."""
+    shape = draw(st.lists(st.integers(1, 5), min_size=0, max_size=4))
+    entries = [[] for _ in shape]
+    if shape:
+        for axis in draw(st.permutations("abc")):
+            where = draw(st.none() | st.integers(0, len(shape) - 1))
+            if where is not None:
+                entries[where].append(axis)
+    spec = [{0: None, 1: e[0] if e else None}.get(len(e), tuple(e)) for e in entries]
+    return tuple(shape), P(*spec)
+
+
+@given(
+    leaves=st.lists(sharded_leaves(), min_size=1, max_size=3),
+    rule=st.sampled_from([LastTwoAxes(), LargestTwoAxes(2), BalancedSplit()]),
+)
+def test_any_shape_and_spec(leaves, rule):
+    params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape, _ in leaves]
+    state = state_sharding(came(1e-3, factoring=rule), params, [s for _, s in leaves])
+    rows, cols, full, mu = (find(state, k) for k in ("v_row", "v_col", "v", "mu"))
+    for (shape, spec), row, col, v, m in zip(leaves, rows, cols, full, mu, strict=True):
+        axes = rule.axes((), shape)
+        entries = [*spec, *[None] * (len(shape) - len(spec))]
+
+        def without(reduced, entries=entries):
+            return trimmed(P(*(e for i, e in enumerate(entries) if i not in reduced)))
+
+        assert m == trimmed(spec)
+        assert row == (P() if axes is None else without(axes.col))
+        assert col == (P() if axes is None else without(axes.row))
+        assert v == (without(()) if axes is None else P())
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8, "tensor": 1}, {"fsdp": 4, "tensor": 2}])
+def test_init_places_the_state_and_updates_compile_once(auto_mesh, sizes):
+    mesh = auto_mesh(**sizes)
+    shardings = {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()}
+    params = jax.jit(
+        lambda: jax.tree.map(lambda p: jnp.ones(p.shape, p.dtype), PARAMS),
+        out_shardings=shardings,
+    )()
+    tx = came(1e-3)
+    state_shardings = state_sharding(tx, params, shardings)
+    state = jax.jit(tx.init, out_shardings=state_shardings)(params)
+    for x, sharding in zip(
+        jax.tree.leaves(state), jax.tree.leaves(state_shardings), strict=True
+    ):
+        assert x.sharding == sharding
+
+    def update(grads, state, params):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    step = jax.jit(
+        update, out_shardings=(shardings, state_shardings), donate_argnums=(1, 2)
+    )
+    grads = jax.tree.map(jnp.ones_like, params)
+    # A compiled function takes no other shardings than it was compiled for.
+    compiled = step.lower(grads, state, params).compile()
+    for _ in range(2):
+        params, state = compiled(grads, state, params)
+    chex.assert_tree_all_finite(params)
+
+
+def test_inside_a_mesh_context(auto_mesh):
+    expected = state_sharding(came(1e-3), PARAMS, SPECS)
+    with jax.set_mesh(auto_mesh(fsdp=4, tensor=2)):
+        assert state_sharding(came(1e-3), PARAMS, SPECS) == expected
+
+
+def test_abstract_mesh():
+    mesh = jax.sharding.AbstractMesh((4, 2), ("fsdp", "tensor"))
+    shardings = {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()}
+    state = state_sharding(came(1e-3), PARAMS, shardings)
+    assert find(state, "mu")["kernel"] == shardings["kernel"]
+
+
+def test_mesh_axes_that_do_not_divide_are_left_out(auto_mesh):
+    # Such as a quantised momentum's scales, one for each block of a parameter.
+    def init(params):
+        return jax.tree.map(lambda p: jnp.zeros_like(p.reshape(6, -1)[:, 0]), params)
+
+    tx = optax.GradientTransformation(init, lambda *args: args[:2])
+    params = [jnp.zeros(24), jnp.zeros(24), jnp.zeros(48)]
+    mesh = auto_mesh(a=2, b=4)
+    specs = [P("a"), P("b"), P(("a", "b"))]
+    state = state_sharding(tx, params, [NamedSharding(mesh, s) for s in specs])
+    assert [s.spec for s in state] == [P("a"), P(), P("a")]
+
+
+MESH = Mesh(np.array(jax.devices()).reshape(4, 2), ("fsdp", "tensor"))
+OTHER_MESH = Mesh(np.array(jax.devices()), ("fsdp",), axis_types=(AxisType.Auto,))
+
+
+@pytest.mark.parametrize(
+    ("shardings", "error", "message"),
+    [
+        ({"w": "fsdp", "b": P()}, TypeError, r"at 'w' is 'fsdp'; allowed are Named"),
+        (SingleDeviceSharding(jax.devices()[0]), TypeError, "SingleDeviceSharding"),
+        (
+            {"w": P(), "b": NamedSharding(MESH, P())},
+            TypeError,
+            "mixes NamedSharding and PartitionSpec",
+        ),
+        (
+            {"w": NamedSharding(OTHER_MESH, P()), "b": NamedSharding(MESH, P())},
+            ValueError,
+            "names 2 meshes",
+        ),
+        (
+            {"w": P("fsdp"), "b": P(None, "fsdp")},
+            ValueError,
+            r"at 'b' is .*'fsdp'.*, for a parameter of shape \(4,\)",
+        ),
+        ({"w": P()}, ValueError, "."),
+    ],
+)
+def test_errors_say_what_is_wrong(shardings, error, message):
+    params = {"w": jnp.ones((4, 4)), "b": jnp.ones(4)}
+    with pytest.raises(error, match=message):
+        state_sharding(came(1e-3), params, shardings)
