@@ -31,7 +31,32 @@ def parse(
         argv: The arguments, by default the process's.
         defaults: Values of options whose own default doesn't suit this script.
     """
-    groups, defaults = [*groups, runs.RunOptions], defaults or {}
+    groups = [*groups, runs.RunOptions]
+    parser = _make_parser(document, groups, defaults or {})
+    args = parser.parse_args(argv)
+    if args.resume:
+        from pretraining.checkpoints import Checkpoints  # Slow to import.
+
+        output = Path(args.output or runs.latest(name))
+        runs.prepare(output, resume=True)
+        options = Checkpoints(output).load_about()["options"]
+        parser.set_defaults(**options, output=str(output))
+        args = parser.parse_args(argv)
+    elif args.output is None:
+        args.output = str(runs.next_free(name))
+    return _instances(groups, args)
+
+
+def parse_without_run(
+    document: str, groups: Sequence[type], argv: Sequence[str] | None = None
+) -> list[Any]:
+    """Parses like `parse`, for a script that is no single training run."""
+    return _instances(groups, _make_parser(document, groups, {}).parse_args(argv))
+
+
+def _make_parser(
+    document: str, groups: Sequence[type], defaults: Mapping[str, Any]
+) -> argparse.ArgumentParser:
     parser = _Parser(
         usage="%(prog)s [options]",
         description=document,
@@ -48,17 +73,10 @@ def parse(
             flag = "--" + field.name.replace("_", "-")
             default = defaults.get(field.name, field.default)
             arguments.add_argument(flag, default=default, **keywords)
-    args = parser.parse_args(argv)
-    if args.resume:
-        from pretraining.checkpoints import Checkpoints  # Slow to import.
+    return parser
 
-        output = Path(args.output or runs.latest(name))
-        runs.prepare(output, resume=True)
-        options = Checkpoints(output).load_about()["options"]
-        parser.set_defaults(**options, output=str(output))
-        args = parser.parse_args(argv)
-    elif args.output is None:
-        args.output = str(runs.next_free(name))
+
+def _instances(groups: Sequence[type], args: argparse.Namespace) -> list[Any]:
     return [
         group(**{f.name: getattr(args, f.name) for f in dataclasses.fields(group)})
         for group in groups

@@ -10,6 +10,7 @@ import optax
 import came_optax
 from pretraining.errors import UserError
 from pretraining.options import (
+    decay_rate,
     non_negative_float,
     non_negative_int,
     option,
@@ -28,11 +29,11 @@ class OptimizerOptions:
     """Options for the optimizer."""
 
     optimizer: str = option(
-        "came", "update rule", choices=("came", "adamw", "adafactor")
+        "came", "update rule", choices=("came", "adamw", "adafactor", "lion", "muon")
     )
     learning_rate: float | None = option(
         None,
-        "peak learning rate (default: came 1e-3, adamw and adafactor 3e-3)",
+        "peak learning rate (default: came and lion 1e-3, others 3e-3)",
         type=positive_float,
     )
     warmup: int | None = option(
@@ -42,6 +43,20 @@ class OptimizerOptions:
         0.1, "decoupled, on kernels only", type=non_negative_float
     )
     clip_norm: float = option(1.0, "largest global gradient norm", type=positive_float)
+    b1: float | None = option(
+        None,
+        "decay rate of the momentum (default: the optimizer's own); adafactor keeps "
+        "none at 0",
+        type=decay_rate,
+    )
+    b2: float | None = option(
+        None,
+        "came, adamw: decay rate of the second moment; lion: of its average",
+        type=decay_rate,
+    )
+    b3: float | None = option(
+        None, "came: decay rate of the instability", type=decay_rate
+    )
     mu_dtype: str = option(
         "float32", "came: stores the momentum in this", metavar="DTYPE"
     )
@@ -92,6 +107,7 @@ def decay_mask(params: Any) -> Any:
 def _came(options: OptimizerOptions, schedule: optax.Schedule) -> Any:
     return came_optax.came(
         schedule,
+        **_given(b1=options.b1, b2=options.b2, b3=options.b3),
         weight_decay=options.weight_decay,
         weight_decay_mask=decay_mask,
         factoring=FACTORING[options.factoring],
@@ -102,21 +118,54 @@ def _came(options: OptimizerOptions, schedule: optax.Schedule) -> Any:
 
 
 def _adamw(options: OptimizerOptions, schedule: optax.Schedule) -> Any:
+    betas = {"b2": 0.95} | _given(b1=options.b1, b2=options.b2)
     return optax.adamw(
-        schedule, b2=0.95, weight_decay=options.weight_decay, mask=decay_mask
+        schedule, **betas, weight_decay=options.weight_decay, mask=decay_mask
     )
 
 
 def _adafactor(options: OptimizerOptions, schedule: optax.Schedule) -> Any:
-    # optax.adafactor with momentum, but its weight decay is not scaled by the learning
-    # rate; written out so that all optimizers decay alike.
+    # optax.adafactor without its scaling by the parameters, as the CAME paper has it.
+    # Written out because its weight decay is not scaled by the learning rate, and ours
+    # has to be the same for all; and it would leave matrices below 128 unfactored.
+    b1 = 0.9 if options.b1 is None else options.b1
     return optax.chain(
-        optax.scale_by_factored_rms(),
+        optax.scale_by_factored_rms(min_dim_size_to_factor=2),
         optax.clip_by_block_rms(1.0),
-        optax.ema(0.9, debias=False),
+        optax.ema(b1, debias=False) if b1 else optax.identity(),
         optax.add_decayed_weights(options.weight_decay, decay_mask),
         optax.scale_by_learning_rate(schedule),
     )
+
+
+def _lion(options: OptimizerOptions, schedule: optax.Schedule) -> Any:
+    betas = _given(b1=options.b1, b2=options.b2)
+    return optax.lion(
+        schedule, **betas, weight_decay=options.weight_decay, mask=decay_mask
+    )
+
+
+def _muon(options: OptimizerOptions, schedule: optax.Schedule) -> Any:
+    # Kernels alone are orthogonalised, to updates with the RMS that AdamW's have, so
+    # that one learning rate fits both; embeddings and vectors get AdamW.
+    def kernels(params: Any) -> Any:
+        return jax.tree.map(
+            lambda decays: optax.contrib.MuonDimensionNumbers() if decays else None,
+            decay_mask(params),
+        )
+
+    return optax.contrib.muon(
+        schedule,
+        **_given(beta=options.b1),
+        adam_b2=0.95,
+        weight_decay=options.weight_decay,
+        muon_weight_dimension_numbers=kernels,
+        consistent_rms=0.2,
+    )
+
+
+def _given(**values: float | None) -> dict[str, float]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,4 +178,6 @@ _TABLE = {
     "came": _Entry(_came, 1e-3),
     "adamw": _Entry(_adamw, 3e-3),
     "adafactor": _Entry(_adafactor, 3e-3),
+    "lion": _Entry(_lion, 1e-3),
+    "muon": _Entry(_muon, 3e-3),
 }

@@ -38,12 +38,17 @@ def non_negative_float(text: str) -> float:
     return _number(float, text, lambda x: 0 <= x < math.inf, "0 or a number above it")
 
 
+def decay_rate(text: str) -> float:
+    return _number(float, text, lambda x: 0 <= x < 1, "a number from 0 to below 1")
+
+
 _METAVARS = {
     int: "N",
     positive_int: "N",
     non_negative_int: "N",
     positive_float: "X",
     non_negative_float: "X",
+    decay_rate: "X",
 }
 
 

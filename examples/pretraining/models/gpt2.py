@@ -33,6 +33,7 @@ class GPT2Config:
 
 
 SIZES = {
+    "nano": GPT2Config(vocab_size=512, n_positions=64, n_embd=64, n_layer=2, n_head=2),
     "tiny": GPT2Config(
         vocab_size=2048, n_positions=128, n_embd=128, n_layer=4, n_head=4
     ),

@@ -1,0 +1,132 @@
+r"""Compare CAME with other optimizers, each at the best of as many learning rates.
+
+    python examples/compare_optimizers.py --task gpt2
+
+trains the smallest GPT-2 under every optimizer at one seed and learning rates that are
+10^(1/4) apart around its best, then with more seeds at that best. It goes on where it
+stopped when run again. Writes a log of each run, tables and plots into
+runs/compare-gpt2-nano.
+"""
+
+import dataclasses
+import importlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from pretraining import cli, corpus
+from pretraining.comparison import runs, search
+from pretraining.comparison.methods import COMPARISON, METHODS, STUDY
+from pretraining.comparison.trainer import Settings, Trainer
+from pretraining.errors import UserError
+from pretraining.files import write_atomically
+from pretraining.options import option, positive_int
+from pretraining.task import Task
+
+GROUPS = {"comparison": COMPARISON, "study": STUDY}
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareOptions:
+    """Options for the comparison."""
+
+    task: str = option("gpt2", "to train on", choices=("gpt2", "bert"))
+    size: str = option("nano", "of the model")
+    methods: Sequence[str] | None = option(
+        None,
+        f"what to compare, of {', '.join(METHODS)} (default: all)",
+        nargs="+",
+        choices=METHODS,
+        metavar="METHOD",
+    )
+    steps: int = option(500, "updates of a run", type=positive_int)
+    batch_size: int = option(16, "sequences per update", type=positive_int)
+    seeds: int = option(3, "at each best learning rate", type=positive_int)
+    eval_batches: int = option(
+        32, "held-out batches to evaluate on, always the same", type=positive_int
+    )
+    output: str | None = option(
+        None,
+        "folder of all results (default: runs/compare-TASK-SIZE)",
+        metavar="FOLDER",
+    )
+
+
+def main() -> None:
+    options, text = cli.parse_without_run(__doc__, [CompareOptions, corpus.TextOptions])
+    folder = Path(options.output or f"runs/compare-{options.task}-{options.size}")
+    settings = Settings(
+        options.steps,
+        options.batch_size,
+        eval_every=max(1, options.steps // 10),
+        eval_batches=options.eval_batches,
+    )
+    check_settings(folder, options, settings)
+    task = make_task(options, text)
+    for name in options.methods or METHODS:
+        compare(task, name, settings, options.seeds, folder)
+
+
+def make_task(options: CompareOptions, text: corpus.TextOptions) -> Task:
+    """Returns the task that the example of that name trains on."""
+    example = importlib.import_module(f"pretrain_{options.task}")
+    return example.make_task(example.ModelOptions(size=options.size), text)
+
+
+def compare(
+    task: Task, name: str, settings: Settings, seeds: int, folder: Path
+) -> None:
+    """Does the runs of one method that are not done yet."""
+    method, trainer = METHODS[name], None
+    first = search.nearest_index(method.options.learning_rate)
+
+    def loss(index: int, seed: int) -> float:
+        nonlocal trainer
+        learning_rate = search.learning_rate(index)
+        path = runs.path(folder, name, learning_rate, seed)
+        if not path.exists():
+            trainer = trainer or Trainer(task, method, settings)
+            about = {"task": task.name, "method": name, "steps": settings.steps}
+            run = trainer.run(learning_rate, seed, about)
+            runs.write(path, run)
+            print(
+                f"{name:<25} lr {learning_rate:.2e} seed {seed}: {run.final():.4f} "
+                f"in {run.rows[-1]['seconds']:.0f} s",
+                flush=True,
+            )
+        return runs.read(path).final()
+
+    losses: dict[int, float] = {}
+    while (index := search.next_index(losses, first)) is not None:
+        losses[index] = loss(index, 0)
+    for seed in range(1, seeds):
+        loss(search.best_index(losses), seed)
+    cost = folder / "runs" / name / "cost.json"
+    if not cost.exists():
+        trainer = trainer or Trainer(task, method, settings)
+        write_atomically(cost, json.dumps(trainer.measure_cost()) + "\n")
+
+
+def check_settings(folder: Path, options: CompareOptions, settings: Settings) -> None:
+    """Writes down what the runs have in common.
+
+    Raises:
+        UserError: The folder holds runs with other settings.
+    """
+    path = folder / "settings.json"
+    common = {"task": options.task, "size": options.size}
+    common |= dataclasses.asdict(settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        write_atomically(path, json.dumps(common) + "\n")
+    there = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in common.items():
+        if there.get(name) != value:
+            raise UserError(
+                f"{folder}: holds runs with {name} {there.get(name)}, not {value}; "
+                "choose another --output"
+            )
+
+
+if __name__ == "__main__":
+    cli.run(main)

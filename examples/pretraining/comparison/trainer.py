@@ -1,0 +1,194 @@
+"""Trains one optimizer many times: learning rates and seeds share one compilation."""
+
+import collections
+import dataclasses
+import math
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from pretraining import devices, pipeline
+from pretraining.comparison.methods import Method
+from pretraining.comparison.runs import Run
+from pretraining.optimizers import OptimizerOptions, make_optimizer, make_schedule
+from pretraining.step import TrainState, make_eval_step, make_train_step
+from pretraining.summary import state_bytes
+from pretraining.task import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What all runs of a comparison have in common."""
+
+    steps: int
+    batch_size: int
+    eval_every: int
+    eval_batches: int
+    log_every: int = 10
+
+
+class Trainer:
+    """Trains a task with one method, at any learning rate and seed."""
+
+    def __init__(self, task: Task, method: Method, settings: Settings):
+        self.task, self.method, self.settings = task, method, settings
+        self.mesh = devices.make_mesh()
+        warmup = round(method.warmup * settings.steps)
+        self.options = dataclasses.replace(
+            method.options, learning_rate=1.0, warmup=warmup
+        )
+        shape = make_schedule(self.options, settings.steps)
+
+        def scaled(peak: jax.Array) -> optax.GradientTransformation:
+            def schedule(count: jax.Array) -> jax.Array:
+                return peak * shape(count)
+
+            update_rule = make_optimizer(self.options, schedule)
+            return optax.chain(update_rule, record_largest_update(schedule))
+
+        # In the state, so that another learning rate is no reason to compile anew.
+        tx = optax.inject_hyperparams(scaled)(peak=1.0)
+
+        def init(seed: jax.Array, peak: jax.Array) -> TrainState:
+            rngs = nnx.Rngs(jax.random.key(seed))
+            params = nnx.state(task.make_model(rngs), nnx.Param)
+            opt_state = optax.tree.set(tx.init(params), peak=peak)
+            return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+
+        self._init = jax.jit(init, out_shardings=devices.replicated(self.mesh))
+        self._train_step = make_train_step(task, tx, 1, 0, self.mesh)
+        self._eval_step = make_eval_step(task, self.mesh)
+
+    def run(self, learning_rate: float, seed: int, about: dict[str, Any]) -> Run:
+        """Trains from the start; the seed chooses weights and the order of the data.
+
+        Args:
+            learning_rate: The peak.
+            seed: Of the weights and the data.
+            about: More for the log's first line.
+        """
+        settings, began = self.settings, time.perf_counter()
+        about = about | {
+            "learning_rate": learning_rate,
+            "seed": seed,
+            "options": _given(self.method.options),
+            "warmup": self.options.warmup,
+        }
+        rows: list[dict[str, Any]] = []
+        losses: list[jax.Array] = []
+        batches = pipeline.train_batches(self.task, settings.batch_size, seed)
+        state = self._init(jnp.int32(seed), jnp.float32(learning_rate))
+        diverged = False
+        for step in range(1, settings.steps + 1):
+            batch = devices.put_batch(next(batches), self.mesh)
+            state, metrics = self._train_step(state, batch)
+            losses.append(metrics["loss"])
+            if step % settings.log_every == 0:
+                loss = float(np.mean(jax.device_get(losses)))
+                losses.clear()
+                diverged = not math.isfinite(loss)
+                if diverged:
+                    break
+                rows.append({"step": step, "loss": round(loss, 4)})
+            if step % settings.eval_every == 0 or step == settings.steps:
+                means = self._evaluate(state.params).items()
+                values = {f"validation_{k}": round(v, 5) for k, v in means}
+                rows.append({"step": step} | values)
+        end = {"step": step, "seconds": round(time.perf_counter() - began, 1)}
+        if diverged:
+            end["diverged"] = True
+        largest = float(optax.tree.get(state.opt_state, "largest_update"))
+        end["largest_update"] = round(largest, 4) if math.isfinite(largest) else None
+        return Run(about, [*rows, end])
+
+    def measure_cost(self) -> dict[str, float]:
+        """Returns the optimizer's state per parameter and its share of a step's time.
+
+        Times are the shortest of several, as anything else that the machine does only
+        makes them longer.
+        """
+        state = self._init(jnp.int32(0), jnp.float32(1e-3))
+        batches = pipeline.train_batches(self.task, self.settings.batch_size, 0)
+        batch = devices.put_batch(next(batches), self.mesh)
+        schedule = make_schedule(self.options, self.settings.steps)
+        tx = make_optimizer(self.options, schedule)
+        params = jax.tree.map(jnp.copy, state.params)
+
+        @jax.jit
+        def update(grads: Any, opt_state: Any, params: Any) -> Any:
+            updates, opt_state = tx.update(grads, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state
+
+        grads, opt_state = jax.tree.map(jnp.ones_like, params), tx.init(params)
+        step_times, update_times = [], []
+        for _ in range(40):
+            began = time.perf_counter()
+            jax.block_until_ready(update(grads, opt_state, params))
+            update_times.append(time.perf_counter() - began)
+            began = time.perf_counter()
+            state, _ = jax.block_until_ready(self._train_step(state, batch))
+            step_times.append(time.perf_counter() - began)
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+        return {
+            "parameters": parameters,
+            "state_bytes_per_parameter": state_bytes(tx, params) / parameters,
+            "step_ms": round(1e3 * min(step_times), 3),
+            "update_ms": round(1e3 * min(update_times), 3),
+        }
+
+    def _evaluate(self, params: Any) -> dict[str, float]:
+        sums = collections.defaultdict(lambda: np.zeros(2))
+        settings = self.settings
+        for batch in pipeline.validation_batches(
+            self.task, settings.batch_size, settings.eval_batches
+        ):
+            batch = devices.put_batch(batch, self.mesh)
+            for name, mean in self._eval_step(params, batch).items():
+                sums[name] += np.asarray(mean, np.float64)
+        return {name: float(total / count) for name, (total, count) in sums.items()}
+
+
+class LargestUpdateState(NamedTuple):
+    """State of `record_largest_update`.
+
+    Attributes:
+        count: Updates so far.
+        largest_update: The largest RMS of a leaf's update over the learning rate.
+    """
+
+    count: jax.Array
+    largest_update: jax.Array
+
+
+def record_largest_update(schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Passes updates through and keeps the largest RMS / learning rate seen."""
+
+    def init(params: Any) -> LargestUpdateState:
+        del params
+        return LargestUpdateState(jnp.zeros((), jnp.int32), jnp.zeros(()))
+
+    def update(updates: Any, state: LargestUpdateState, params: Any = None) -> Any:
+        del params
+        rms = [jnp.sqrt(jnp.mean(jnp.square(u))) for u in jax.tree.leaves(updates)]
+        largest = jnp.max(jnp.stack(rms)) / schedule(state.count)
+        return updates, LargestUpdateState(
+            state.count + 1, jnp.maximum(state.largest_update, largest)
+        )
+
+    return optax.GradientTransformation(init, update)
+
+
+def _given(options: OptimizerOptions) -> dict[str, Any]:
+    """Returns the options that differ from their defaults, and the optimizer."""
+    values = dataclasses.asdict(options)
+    return {"optimizer": options.optimizer} | {
+        field.name: values[field.name]
+        for field in dataclasses.fields(options)
+        if values[field.name] != field.default
+        and field.name not in ("learning_rate", "warmup")
+    }
