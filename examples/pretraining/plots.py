@@ -41,7 +41,7 @@ def plot_curve(
             horizontalalignment="right",
         )
     axes.set_xlabel("step")
-    axes.set_ylabel("cross-entropy (nats per token)")
+    axes.set_ylabel("cross-entropy (nats)")
     axes.set_title(title)
     axes.legend()
     figure.savefig(path, dpi=150)

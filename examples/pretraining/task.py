@@ -19,7 +19,7 @@ class Mean(NamedTuple):
     count: jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Task:
     """A model, its loss and its data.
 
@@ -33,6 +33,7 @@ class Task:
         validation: Held-out records.
         tokens_per_record: Tokens that one record trains on, for the statistics.
         transform: Applied to each record with its own random generator, e.g. masking.
+        pretrained: From the first parameters to those that training begins with.
         references: Named losses that the model should beat, shown beside the curve.
         options: What the model and the data were made from; saved with checkpoints.
         files: Texts to write into the run's folder, by name, e.g. the tokenizer.
@@ -45,6 +46,7 @@ class Task:
     validation: Sequence[Record]
     tokens_per_record: int
     transform: Callable[[Record, np.random.Generator], Record] | None = None
+    pretrained: Callable[[Any], Any] | None = None
     references: Mapping[str, float] = dataclasses.field(default_factory=dict)
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)

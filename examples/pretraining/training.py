@@ -5,7 +5,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from pretraining.progress import Progress, Throughput
 from pretraining.runs import RunOptions
 from pretraining.step import make_eval_step, make_init, make_train_step, merge
 from pretraining.summary import Result, state_bytes
-from pretraining.task import Task
+from pretraining.task import Record, Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +87,17 @@ class Trainer:
         self.checkpoints = Checkpoints(self.folder)
         init = make_init(task, self.tx, training.seed, self.mesh)
         if run.resume:
+            self.state = self.checkpoints.restore(init)
             about = self.checkpoints.load_about()
             if about["data"] != pipeline.fingerprint(task.train):
                 raise UserError(f"{self.folder}: this run began on another text")
-            self.state = self.checkpoints.restore(init)
             self.batches.set_state(about["position"])
         else:
             self.state = init()
+            if task.pretrained is not None:
+                params = task.pretrained(self.state.params)
+                params = jax.device_put(params, devices.replicated(self.mesh))
+                self.state = self.state._replace(params=params)
         for name, content in task.files.items():
             write_atomically(self.folder / name, content)
 
@@ -156,11 +160,16 @@ class Trainer:
                     raise Interrupted(step, self.folder)
         return self._conclude(time.perf_counter() - began)
 
-    def evaluate(self, limit: int | None = None) -> dict[str, float]:
-        """Returns metrics on all held-out records, or on `limit` batches of them."""
+    def evaluate(
+        self, limit: int | None = None, records: Sequence[Record] | None = None
+    ) -> dict[str, float]:
+        """Returns metrics on all held-out records, or on `limit` batches of them.
+
+        `records` takes the place of the task's own, e.g. for a test at the end.
+        """
         sums = collections.defaultdict(lambda: np.zeros(2))
         size = self.training.batch_size
-        for batch in pipeline.validation_batches(self.task, size, limit):
+        for batch in pipeline.validation_batches(self.task, size, limit, records):
             batch = devices.put_batch(batch, self.mesh)
             for name, mean in self.eval_step(self.state.params, batch).items():
                 sums[name] += np.asarray(mean, np.float64)
