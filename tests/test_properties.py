@@ -1,0 +1,221 @@
+"""What holds for every shape, factoring and gradient."""
+
+import dataclasses
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from came_optax import (
+    BalancedSplit,
+    FactoredAxes,
+    LargestTwoAxes,
+    LastTwoAxes,
+    Stacked,
+    came,
+    scale_by_came,
+    scale_by_factored_moment,
+)
+
+Shape = tuple[int, ...]
+STEPS = 3
+
+rules = st.sampled_from([LastTwoAxes(), LargestTwoAxes(2), BalancedSplit()])
+options = st.sampled_from(
+    [
+        {},
+        {"bias_correction": True},
+        {"update_clipping_threshold": 0.5},
+        {"clipping_threshold": 0.1, "bias_correction": True},
+    ]
+)
+
+
+def shapes(min_dims: int = 0, max_dims: int = 4) -> st.SearchStrategy[Shape]:
+    dims = st.lists(st.integers(1, 4), min_size=min_dims, max_size=max_dims)
+    return dims.map(tuple)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """A rule that gives every leaf the same axes."""
+
+    answer: FactoredAxes | None
+
+    def axes(self, path: Any, shape: Shape) -> FactoredAxes | None:
+        return self.answer
+
+
+@st.composite
+def factored_axes(draw: st.DrawFn, ndim: int) -> FactoredAxes:
+    """Any way of using the axes for rows, columns, stacks or batches."""
+    uses = draw(st.permutations(["row", "col"] + ["batch", "stack"] * ndim))[:ndim]
+    roles = {
+        role: tuple(axis for axis, use in enumerate(uses) if use == role)
+        for role in ("row", "col", "stack")
+    }
+    assume(bool(roles["row"]) == bool(roles["col"]))
+    return FactoredAxes(**roles)
+
+
+def gradients(shape: Shape, seed: int = 0) -> jax.Array:
+    """Returns gradients of some steps, each row and column of another scale."""
+    rng = np.random.default_rng(seed)
+    g = rng.normal(size=(STEPS, *shape))
+    for axis, size in enumerate(shape):
+        g = np.moveaxis(
+            np.moveaxis(g, axis + 1, -1) * rng.lognormal(size=size), -1, axis + 1
+        )
+    return jnp.asarray(g, jnp.float32)
+
+
+def run(tx: optax.GradientTransformation, grads: Any) -> tuple[Any, Any]:
+    """Returns each step's update, and the last state."""
+
+    def step(state: Any, g: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(g, state)
+        return state, updates
+
+    @jax.jit
+    def steps(grads: Any) -> Any:
+        state = tx.init(jax.tree.map(lambda g: g[0], grads))
+        state, updates = jax.lax.scan(step, state, grads)
+        return updates, state
+
+    return steps(grads)
+
+
+@given(data=st.data(), shape=shapes(), dtype=st.sampled_from(["bfloat16", "float32"]))
+@settings(max_examples=100)
+def test_statistics_have_the_announced_shapes(
+    data: st.DataObject, shape: Shape, dtype: str
+) -> None:
+    axes = data.draw(factored_axes(len(shape)))
+    tx = scale_by_came(factoring=Fixed(axes))
+    leaf = jax.ShapeDtypeStruct(shape, dtype)
+    state = jax.eval_shape(tx.init, leaf)
+
+    def without(reduced: Shape) -> Shape:
+        return tuple(n for axis, n in enumerate(shape) if axis not in reduced)
+
+    row, col = ((1,), (1,)) if not axes.row else (without(axes.col), without(axes.row))
+    expected = {"v_row": row, "s_row": row, "v_col": col, "s_col": col, "mu": shape}
+    expected["v"] = (1,) if axes.row else shape
+    for name, statistic_shape in expected.items():
+        statistic = optax.tree.get(state, name)
+        assert (statistic.shape, statistic.dtype) == (statistic_shape, jnp.float32)
+
+    updates, after = jax.eval_shape(tx.update, leaf, state)
+    assert (updates.shape, updates.dtype) == (shape, dtype)
+    assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
+
+
+@given(data=st.data(), shape=shapes(min_dims=1), rule=rules, kwargs=options)
+@settings(max_examples=20)
+def test_a_stack_equals_its_layers(
+    data: st.DataObject, shape: Shape, rule: Any, kwargs: dict[str, Any]
+) -> None:
+    axis = data.draw(st.integers(-len(shape), len(shape) - 1))
+    grads = gradients(shape)
+    layers = jnp.unstack(grads, axis=axis % len(shape) + 1)
+    layer_tx = came(1e-2, factoring=rule, **kwargs)
+    stack_tx = came(1e-2, factoring=Stacked(rule, axis), **kwargs)
+    together, _ = run(stack_tx, grads)
+    separate, _ = run(layer_tx, list(layers))
+    stacked = jnp.stack(separate, axis=axis % len(shape) + 1)
+    chex.assert_trees_all_close(together, stacked, rtol=1e-4, atol=1e-7)
+
+
+@given(shape=shapes(), kwargs=options, answer=st.sampled_from([None, FactoredAxes()]))
+@settings(max_examples=15)
+def test_factoring_nothing_equals_a_vector(
+    shape: Shape, kwargs: dict[str, Any], answer: FactoredAxes | None
+) -> None:
+    grads = gradients(shape)
+    whole, _ = run(came(1e-2, factoring=Fixed(answer), **kwargs), grads)
+    flat, _ = run(came(1e-2, **kwargs), grads.reshape(STEPS, -1))
+    chex.assert_trees_all_close(whole, flat.reshape(whole.shape), rtol=1e-4, atol=1e-7)
+
+
+@given(data=st.data(), shape=shapes(min_dims=2), kwargs=options)
+@settings(max_examples=20)
+def test_permuted_axes_permute_the_update(
+    data: st.DataObject, shape: Shape, kwargs: dict[str, Any]
+) -> None:
+    axes = data.draw(factored_axes(len(shape)))
+    order = data.draw(st.permutations(range(len(shape))))
+
+    def moved(some: Shape) -> Shape:
+        return tuple(order.index(axis) for axis in some)
+
+    # Rows and columns change places too: neither is special.
+    permuted = FactoredAxes(moved(axes.col), moved(axes.row), moved(axes.stack))
+    grads = gradients(shape)
+    updates, _ = run(came(1e-2, factoring=Fixed(axes), **kwargs), grads)
+    transposed, _ = run(
+        came(1e-2, factoring=Fixed(permuted), **kwargs),
+        grads.transpose(0, *(axis + 1 for axis in order)),
+    )
+    expected = updates.transpose(0, *(axis + 1 for axis in order))
+    chex.assert_trees_all_close(transposed, expected, rtol=1e-4, atol=1e-7)
+
+
+@given(shape=shapes(), rule=rules, exponent=st.integers(-20, 20))
+@settings(max_examples=15)
+def test_u_is_invariant_to_the_scale_of_gradients(
+    shape: Shape, rule: Any, exponent: int
+) -> None:
+    grads = gradients(shape)
+    tx = scale_by_factored_moment(factoring=rule)
+    u, state = run(tx, grads)
+    scaled_u, scaled_state = run(tx, grads * 2.0**exponent)
+    chex.assert_trees_all_close(scaled_u, u, rtol=1e-5)
+    chex.assert_trees_all_close(
+        (scaled_state.v_row, scaled_state.v),
+        jax.tree.map(lambda v: v * 4.0**exponent, (state.v_row, state.v)),
+        rtol=1e-5,
+    )
+
+
+@given(shape=shapes(), rule=rules, kwargs=options)
+@settings(max_examples=15)
+def test_opposite_gradients_give_opposite_updates(
+    shape: Shape, rule: Any, kwargs: dict[str, Any]
+) -> None:
+    tx, grads = came(1e-2, factoring=rule, **kwargs), gradients(shape)
+    updates, opposite = run(tx, {"g": grads, "-g": -grads})[0].values()
+    chex.assert_trees_all_equal(opposite, -updates)
+
+
+@given(shape=shapes(), rule=rules, angle=st.floats(0, 6))
+@settings(max_examples=15)
+def test_complex_gradients_turn_the_update(
+    shape: Shape, rule: Any, angle: float
+) -> None:
+    grads, turn = gradients(shape), jnp.asarray(np.exp(1j * angle), jnp.complex64)
+    tx = came(1e-2, factoring=rule)
+    real, turned = run(tx, [grads, turn * grads.astype(jnp.complex64)])[0]
+    expected = turn * real.astype(jnp.complex64)
+    chex.assert_trees_all_close(turned, expected, rtol=1e-4, atol=1e-6)
+
+
+@given(shape=shapes(), rule=rules, limit=st.sampled_from([0.01, 0.5, 1.0]))
+@settings(max_examples=15)
+def test_both_clips_bound_the_root_mean_square(
+    shape: Shape, rule: Any, limit: float
+) -> None:
+    # Without momentum, mu is the clipped u.
+    tx = scale_by_came(
+        b1=0.0,
+        clipping_threshold=limit,
+        update_clipping_threshold=limit,
+        factoring=rule,
+    )
+    updates, state = run(tx, gradients(shape))
+    for x in [*updates, optax.tree.get(state, "mu")]:
+        assert jnp.sqrt(jnp.mean(x**2)) <= limit * (1 + 1e-5)
