@@ -1,0 +1,287 @@
+"""Flax's sharding metadata, and the trees of libraries that have none."""
+
+import dataclasses
+import functools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+from jax.sharding import PartitionSpec as P
+
+from came_optax import LastTwoAxes, Stacked, came, state_sharding
+
+LAYERS, WIDTH, HIDDEN = 3, 8, 16
+X = jax.random.normal(jax.random.key(0), (16, WIDTH))
+KERNEL = nn.initializers.lecun_normal()
+# The rule sees the paths of arrays, boxed or not: a variable's own key is not in them.
+TX = came(1e-3, factoring=Stacked(LastTwoAxes(), where=r"layers/.*kernel$"))
+
+# What each parameter is annotated with, and its statistics then must be.
+SPECS = {
+    "up": P("fsdp", "tensor"),
+    "down": P(("tensor", "fsdp"), None),
+    "layers": P(None, None, "fsdp"),
+}
+ROW_SPECS = {"up": P("fsdp"), "down": P(("tensor", "fsdp")), "layers": P(None, None)}
+COL_SPECS = {"up": P("tensor"), "down": P(None), "layers": P(None, "fsdp")}
+
+
+no_bias = functools.partial(nnx.Linear, use_bias=False)
+
+
+class Layer(nnx.Module):
+    def __init__(self, rngs):
+        init = nnx.with_partitioning(KERNEL, (None, "fsdp"))
+        self.dense = no_bias(WIDTH, WIDTH, kernel_init=init, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.dense(x)
+
+
+class Model(nnx.Module):
+    """Two projections, and layers stacked by ``nnx.scan``."""
+
+    def __init__(self, rngs):
+        init = nnx.with_partitioning(KERNEL, ("fsdp", "tensor"))
+        self.up = nnx.Linear(WIDTH, HIDDEN, kernel_init=init, rngs=rngs)
+        init = nnx.with_partitioning(KERNEL, (("tensor", "fsdp"), None))
+        self.down = no_bias(HIDDEN, WIDTH, kernel_init=init, rngs=rngs)
+        unnamed = {nnx.PARTITION_NAME: None}
+        stack = nnx.vmap(Layer, in_axes=0, transform_metadata=unnamed)
+        self.layers = nnx.split_rngs(splits=LAYERS)(stack)(rngs)
+
+    def __call__(self, x):
+        @nnx.scan(
+            in_axes=(nnx.Carry, 0),
+            out_axes=nnx.Carry,
+            transform_metadata={nnx.PARTITION_NAME: None},
+        )
+        def apply(x, layer):
+            return layer(x)
+
+        return apply(self.down(nnx.relu(self.up(x))), self.layers)
+
+
+def loss_of(model):
+    return jnp.mean((model(X) - 1) ** 2)
+
+
+@pytest.fixture
+def mesh(auto_mesh):
+    mesh = auto_mesh(fsdp=4, tensor=2)
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+@nnx.jit
+def create():
+    model = Model(nnx.Rngs(0))
+    return model, nnx.Optimizer(model, TX, wrt=nnx.Param)
+
+
+@nnx.jit
+def train_step(model, optimizer):
+    loss, grads = nnx.value_and_grad(loss_of)(model)
+    optimizer.update(model, grads)
+    return loss
+
+
+def kernels(tree):
+    """Returns the leaf of each annotated kernel in a tree of specs or of arrays."""
+    leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda x: isinstance(x, P))
+    names = [
+        (jax.tree_util.keystr(p, simple=True, separator="/"), x) for p, x in leaves
+    ]
+    return {
+        kind: next(x for name, x in names if f"{kind}/" in name and "kernel" in name)
+        for kind in SPECS
+    }
+
+
+def test_nnx_statistics_are_named_and_placed(mesh):
+    _, optimizer = create()
+    specs = nnx.get_partition_spec(optimizer.opt_state)
+    for field, expected in [
+        ("mu", SPECS),
+        ("v_row", ROW_SPECS),
+        ("v_col", COL_SPECS),
+        ("s_row", ROW_SPECS),
+        ("s_col", COL_SPECS),
+        ("v", dict.fromkeys(SPECS, P(None))),
+    ]:
+        assert kernels(optax.tree.get(specs, field)) == expected
+        for name, x in kernels(optax.tree.get(optimizer.opt_state, field)).items():
+            sharding = jax.NamedSharding(mesh, expected[name])
+            assert x.sharding.is_equivalent_to(sharding, x.ndim)
+
+
+def test_nnx_training_equals_that_of_separate_plain_layers(mesh):
+    model, optimizer = create()
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    plain = came(1e-3)
+
+    def separate(tree):
+        slices = jax.tree.map(list, tree["layers"])
+        return {**tree, "layers": slices}
+
+    @jax.jit
+    def reference_step(params, state):
+        grads = nnx.to_pure_dict(grad_of(params))
+        updates, state = plain.update(separate(grads), state, separate(params))
+        stacked = jax.tree.map(jnp.stack, updates["layers"], is_leaf=is_list)
+        return optax.apply_updates(params, {**updates, "layers": stacked}), state
+
+    graph, model_state = nnx.split(model)
+
+    def grad_of(params):
+        copy = jax.tree.map(lambda x: x, model_state)
+        nnx.replace_by_pure_dict(copy, params)
+        return nnx.grad(loss_of)(nnx.merge(graph, copy))
+
+    is_list = functools.partial(lambda kind, x: isinstance(x, kind), list)
+    state = plain.init(separate(params))
+    losses = []
+    for _ in range(3):
+        losses.append(train_step(model, optimizer))
+        params, state = reference_step(params, state)
+    assert losses[0] > losses[1] > losses[2]
+    trained = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    chex.assert_trees_all_close(trained, params, rtol=1e-5, atol=1e-6)
+
+
+def test_nnx_functional_state(mesh):
+    graph, params, rest = nnx.split(Model(nnx.Rngs(0)), nnx.Param, ...)
+    shardings = state_sharding(TX, params, nnx.get_named_sharding(params, mesh))
+    state = jax.jit(TX.init, out_shardings=shardings)(params)
+
+    @functools.partial(jax.jit, out_shardings=(None, shardings))
+    def update(state, params):
+        grads = jax.grad(lambda p: loss_of(nnx.merge(graph, p, rest)))(params)
+        return TX.update(grads, state, params)
+
+    updates, new_state = update(state, params)
+    assert jax.tree.structure(new_state) == jax.tree.structure(state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+
+
+class LinenLayer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        init = nn.with_partitioning(KERNEL, (None, "fsdp"))
+        return x + nn.Dense(WIDTH, use_bias=False, kernel_init=init)(x), None
+
+
+class LinenModel(nn.Module):
+    with_partitioning: staticmethod = staticmethod(nn.with_partitioning)
+
+    @nn.compact
+    def __call__(self, x):
+        init = self.with_partitioning(KERNEL, ("fsdp", "tensor"))
+        x = nn.Dense(HIDDEN, kernel_init=init, name="up")(x)
+        init = self.with_partitioning(KERNEL, (("tensor", "fsdp"), None))
+        x = nn.Dense(WIDTH, kernel_init=init, use_bias=False, name="down")(nn.relu(x))
+        layers = nn.scan(
+            LinenLayer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=LAYERS,
+            metadata_params={nn.PARTITION_NAME: None},
+        )
+        return layers(name="layers")(x, None)[0]
+
+
+@pytest.mark.parametrize(
+    "with_partitioning", [nn.with_partitioning, nn.with_logical_partitioning]
+)
+def test_linen_train_state(auto_mesh, with_partitioning):
+    mesh = auto_mesh(fsdp=4, tensor=2)
+    model = LinenModel(staticmethod(with_partitioning))
+
+    def create(key):
+        params = model.init(key, X)["params"]
+        return TrainState.create(apply_fn=model.apply, params=params, tx=TX)
+
+    abstract = jax.eval_shape(create, jax.random.key(0))
+    specs = nn.get_partition_spec(abstract)
+    assert kernels(optax.tree.get(specs.opt_state, "mu")) == SPECS
+    assert kernels(optax.tree.get(specs.opt_state, "v_row")) == ROW_SPECS
+    assert kernels(optax.tree.get(specs.opt_state, "s_col")) == COL_SPECS
+
+    shardings = nn.get_sharding(abstract, mesh)
+    for x, y in zip(
+        jax.tree.leaves(shardings.opt_state),
+        jax.tree.leaves(state_sharding(TX, abstract.params, shardings.params)),
+        strict=True,
+    ):
+        assert x.is_equivalent_to(y, 3)
+
+    train_state = jax.jit(create, out_shardings=shardings)(jax.random.key(0))
+
+    def step(train_state):
+        def loss_of(params):
+            return jnp.mean((train_state.apply_fn({"params": params}, X) - 1) ** 2)
+
+        loss, grads = jax.value_and_grad(loss_of)(train_state.params)
+        return train_state.apply_gradients(grads=grads), loss
+
+    compiled = (
+        jax.jit(step, out_shardings=(shardings, None)).lower(train_state).compile()
+    )
+    losses = []
+    for _ in range(3):
+        train_state, loss = compiled(train_state)
+        losses.append(loss)
+    assert losses[0] > losses[1] > losses[2]
+
+
+def test_half_masked_boxes():
+    tx = optax.masked(came(1e-3), {"up": True, "down": False})
+    params = {
+        name: nn.Partitioned(jnp.ones((4, 4)), names=("fsdp", "tensor"))
+        for name in ("up", "down")
+    }
+    state = tx.init(params)
+    assert optax.tree.get(state, "v_col")["up"].names == ("tensor",)
+    updates, new_state = tx.update(params, state, params)
+    assert jax.tree.structure(new_state) == jax.tree.structure(state)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["weight", "bias"],
+    meta_fields=["activation"],
+)
+@dataclasses.dataclass
+class EquinoxStyle:
+    weight: jax.Array
+    bias: jax.Array | None
+    activation: str
+
+
+@pytest.mark.parametrize(
+    ("params", "specs"),
+    [
+        (
+            [EquinoxStyle(jnp.ones((8, 4)), None, "relu")],
+            [EquinoxStyle(P("fsdp", "tensor"), None, "relu")],
+        ),
+        (
+            {"mlp/~/linear_0": {"w": jnp.ones((8, 4)), "b": jnp.ones(4)}},
+            {"mlp/~/linear_0": {"w": P("fsdp", "tensor"), "b": P("tensor")}},
+        ),
+    ],
+    ids=["equinox", "haiku"],
+)
+def test_trees_of_other_libraries(params, specs):
+    tx = came(1e-3, weight_decay=0.1)
+    state = tx.init(params)
+    updates, new_state = jax.jit(tx.update)(params, state, params)
+    assert jax.tree.structure(new_state) == jax.tree.structure(state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+    assert optax.tree.get(state_sharding(tx, params, specs), "mu") == specs
