@@ -1,0 +1,210 @@
+"""Inputs that break optimizers: everything stays finite, and below a stated bound.
+
+Bounds are on the largest element of any update, in units of the learning rate, seen
+over 400 steps on a (4, 6) leaf. The first of a pair is the published algorithm's; the
+second that of its options to bound it, where √24 is the largest element of 24 whose
+root mean square is 1. Where the first is large, the algorithm is so, not its rounding.
+"""
+
+import functools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from came_optax import came, scale_by_came
+
+STEPS, SHAPE = 400, (4, 6)
+VARIANTS = {
+    "published": scale_by_came(),
+    "bounded": scale_by_came(bias_correction=True, update_clipping_threshold=1.0),
+    "unclipped": scale_by_came(clipping_threshold=None),
+}
+x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
+
+
+def noise(steps: int = STEPS) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(steps, *SHAPE))
+
+
+def lone_spike(others_at_the_end: float) -> np.ndarray:
+    """Row 0 and column 0 see no gradient but 1e9 where they cross, at the last step."""
+    g = noise()
+    g[:, 0], g[:, :, 0] = 0.0, 0.0
+    g[-1] *= others_at_the_end
+    g[-1, 0, 0] = 1e9
+    return g
+
+
+steps = np.arange(STEPS)[:, None, None]
+signs = (-1.0) ** steps
+ones = np.ones((STEPS, *SHAPE))
+magnitudes = 10.0 ** np.random.default_rng(1).integers(-45, 31, (STEPS, *SHAPE))
+GAUNTLET: dict[str, tuple[np.ndarray, float, float]] = {
+    "zeros for ever": (0 * ones, 0.0, 0.0),
+    "zeros, then noise": (np.where(steps < 200, 0.0, noise()), 30.0, 24**0.5),
+    "noise, then zeros": (np.where(steps < 200, noise(), 0.0), 30.0, 24**0.5),
+    "zero row meets zero column": (lone_spike(0.0), 300.0, 24**0.5),
+    "zero row meets zero column amid noise": (lone_spike(1.0), 1e9, 24**0.5),
+    "a row of zeros, then one hit": (
+        noise() * ((steps == STEPS - 1) | (np.arange(4)[:, None] > 0)),
+        30.0,
+        24**0.5,
+    ),
+    "alternating signs": (signs * ones, 11.2, 1.01),
+    "alternating noise": (signs * noise()[:1], 30.0, 24**0.5),
+    "denormal": (1e-40 * noise(), 1e-3, 1e-3),
+    "1e-30": (1e-30 * noise(), 1e-3, 1e-3),
+    "1e30": (1e30 * noise(), 40.0, 24**0.5),
+    "one step of 1e30": (np.where(steps == 200, 1e30, 1.0) * noise(), 30.0, 24**0.5),
+    "1e-30 rising to 1e30": (10 ** (steps / 400 * 60 - 30) * noise(), 40.0, 24**0.5),
+    "1e30 falling to 1e-30": (10 ** (30 - steps / 400 * 60) * noise(), 40.0, 24**0.5),
+    "all magnitudes at once": (magnitudes * noise(), 1e11, 24**0.5),
+    "all equal": (ones, 50.0, 1.01),
+    "heavy tails": (np.random.default_rng(0).standard_cauchy(ones.shape), 60, 24**0.5),
+}
+
+
+@functools.partial(jax.jit, static_argnames="tx")
+def run(grads: Any, tx: optax.GradientTransformationExtraArgs) -> tuple[Any, Any]:
+    """Returns the largest element of each step's updates, and the last state."""
+
+    def step(state: Any, g: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(g, state)
+        return state, jax.tree.map(lambda u: jnp.max(jnp.abs(u)), updates)
+
+    state = tx.init(jax.tree.map(lambda g: g[0], grads))
+    state, largest = jax.lax.scan(step, state, grads)
+    return largest, state
+
+
+@pytest.mark.parametrize("variant", ["published", "bounded"])
+@pytest.mark.parametrize("name", GAUNTLET)
+def test_bounded(name: str, variant: str) -> None:
+    grads, published, bounded = GAUNTLET[name]
+    g = jnp.asarray(grads, jnp.float32)
+    # A vector's update is the momentum of what the RMS clip lets through.
+    tree = {"matrix": g, "vector": g.reshape(STEPS, -1)}
+    largest, state = run(tree, VARIANTS[variant])
+    chex.assert_tree_all_finite((largest, state))
+    bound = published if variant == "published" else bounded
+    assert jnp.max(largest["matrix"]) <= bound * 1.0001
+    assert jnp.max(largest["vector"]) <= 24**0.5 * 1.0001
+
+
+@given(
+    data=st.lists(
+        st.lists(st.integers(-46, 30), min_size=12, max_size=12), min_size=4, max_size=4
+    ),
+    variant=st.sampled_from(list(VARIANTS)),
+)
+@settings(max_examples=100)
+def test_finite_for_gradients_from_0_to_1e30(
+    data: list[list[int]], variant: str
+) -> None:
+    exponents = np.reshape(data, (4, 3, 4))
+    values = np.where(exponents == -46, 0.0, 10.0**exponents) * noise(4)[:, :3, :4]
+    grads = jnp.asarray(values, jnp.float32)
+    tree = {"matrix": grads, "vector": grads.reshape(4, 12)}
+    chex.assert_tree_all_finite(run(tree, VARIANTS[variant]))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_bad_gradients_show_in_the_update(bad: float) -> None:
+    tx = came(1e-3)
+    good = {"kernel": jnp.ones(SHAPE), "other": jnp.ones(SHAPE)}
+    grads = good | {"kernel": good["kernel"].at[1, 2].set(bad)}
+    updates, _ = jax.jit(tx.update)(grads, tx.init(good))
+    assert not jnp.isfinite(updates["kernel"][1, 2])
+    chex.assert_tree_all_finite(updates["other"])
+
+
+@pytest.mark.parametrize("guard", ["apply_if_finite", "zero_nans"])
+def test_one_nan_step_is_survived(guard: str) -> None:
+    guarded = {
+        "apply_if_finite": optax.apply_if_finite(came(1.0), max_consecutive_errors=1),
+        "zero_nans": optax.chain(optax.zero_nans(), came(1.0)),
+    }[guard]
+    grads = jnp.asarray(noise(20), jnp.float32).at[10, 1].set(jnp.nan)
+    largest, state = run(grads, guarded)
+    chex.assert_tree_all_finite((largest, optax.tree.get(state, "mu")))
+    assert jnp.max(largest) <= 30.0
+    if guard == "apply_if_finite":
+        without, plain_state = run(jnp.delete(grads, 10, axis=0), came(1.0))
+        chex.assert_trees_all_close(jnp.delete(largest, 10), without, rtol=1e-5)
+        chex.assert_trees_all_close(state.inner_state, plain_state, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("scale", [1e-7, 1.0, 6e4])
+def test_sixteen_bits_from_the_first_step(dtype: Any, scale: float) -> None:
+    # float16 holds 6e-8 to 65504, and a square of neither end.
+    grads = jnp.asarray(np.clip(scale * noise(50), -65504, 65504), dtype)
+    largest, state = run({"matrix": grads, "vector": grads.reshape(50, -1)}, came(1.0))
+    chex.assert_tree_all_finite((largest, state))
+    assert largest["matrix"].dtype == dtype
+    assert jnp.max(largest["matrix"]) <= 60
+    assert jnp.max(largest["vector"]) <= 24**0.5
+
+
+def test_equal_weights_stay_equal() -> None:
+    tx = came(1.0)
+    params = jnp.ones(SHAPE)
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    np.testing.assert_allclose(updates, -11.11, rtol=1e-3)
+    assert len(np.unique(updates)) == 1
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (1, 1, 1)])
+def test_a_leaf_of_one_element(shape: tuple[int, ...]) -> None:
+    grads = jnp.asarray(noise(100)[:, 0, 0].reshape(100, *shape), jnp.float32)
+    largest, state = run(grads, came(1.0))
+    chex.assert_tree_all_finite((largest, state))
+    assert jnp.max(largest) <= (40.0 if len(shape) >= 2 else 1.0)
+
+
+@pytest.mark.parametrize(
+    "kind, bound",
+    [
+        ("noise", 1e-5),
+        # The average stops where a step toward its goal is below half its last bit:
+        # 6e-8 / (1 − β2) of it for v.
+        ("constant", 6e-5),
+    ],
+)
+def test_no_drift_in_100_000_steps(kind: str, bound: float) -> None:
+    """Statistics against the same run in float64, relative."""
+
+    def step(state: Any, t: jax.Array) -> tuple[Any, None]:
+        g = jnp.ones(SHAPE, jnp.float32)
+        if kind == "noise":
+            key = jax.random.fold_in(jax.random.key(0), t)
+            g = jax.random.normal(key, SHAPE, jnp.float32)
+        mu = optax.tree.get(state, "mu")
+        grads = {"matrix": g.astype(mu["matrix"].dtype)}
+        grads["vector"] = grads["matrix"].reshape(-1)
+        return tx.update(grads, state)[1], None
+
+    tx = scale_by_came()
+    with x64(True):
+        shapes = {"matrix": SHAPE, "vector": (24,)}
+        params = {name: jnp.zeros(shapes[name], jnp.float32) for name in shapes}
+        wide = optax.tree.cast(params, jnp.float64)
+        scan = jax.jit(
+            lambda p: jax.lax.scan(
+                step, tx.init(p), jnp.arange(100_000, dtype=jnp.int32)
+            )[0]
+        )
+        state, expected = scan(params), scan(wide)
+        for name in ("v_row", "v_col", "v", "s_row", "s_col"):
+            chex.assert_trees_all_close(
+                optax.tree.cast(optax.tree.get(state, name), jnp.float64),
+                optax.tree.get(expected, name),
+                rtol=bound,
+            )
