@@ -1,0 +1,281 @@
+"""Each misuse gives one error, which names the argument or leaf and what is allowed."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from came_optax import (
+    FactoredAxes,
+    LargestTwoAxes,
+    LastTwoAxes,
+    Stacked,
+    came,
+    scale_by_came,
+    scale_by_confidence,
+    scale_by_factored_moment,
+)
+
+PARAMS = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
+NUMBER = "must be a number or an array, got "
+SCHEDULE = optax.constant_schedule(0.9)
+
+
+@pytest.mark.parametrize(
+    "argument, value, error, message",
+    [
+        ("learning_rate", -1e-3, ValueError, ">= 0 and < inf .*got -0.001"),
+        ("learning_rate", float("nan"), ValueError, ">= 0 and < inf .*got nan"),
+        ("learning_rate", "0.1", TypeError, NUMBER + "'0.1'"),
+        ("learning_rate", None, TypeError, NUMBER + "None"),
+        ("b1", 1.0, ValueError, r">= 0 and < 1 \(in float32\), got 1.0"),
+        ("b2", -0.1, ValueError, ">= 0 and < 1 .*got -0.1"),
+        ("b3", 0.99999999, ValueError, ">= 0 and < 1 .*got 0.99999999"),
+        ("b1", True, TypeError, NUMBER + "True"),
+        ("b1", 0.9 + 0j, TypeError, NUMBER),
+        ("b1", SCHEDULE, TypeError, NUMBER + ".*use optax.inject_hyperparams"),
+        (
+            "b1",
+            jnp.array([0.9, 0.9]),
+            ValueError,
+            r"must be a scalar, got shape \(2,\)",
+        ),
+        ("b1", jnp.array(0.9 + 0j), TypeError, "must be a real number.*complex64"),
+        ("b2", jnp.bfloat16(0.999), ValueError, "bfloat16.*float32 and wider"),
+        ("eps1", 0.0, ValueError, ">= 1e-30 and < inf .*got 0.0"),
+        ("eps1", 1e-38, ValueError, ">= 1e-30"),
+        ("eps2", float("inf"), ValueError, ">= 1e-30 and < inf .*got inf"),
+        ("clipping_threshold", 0, ValueError, "> 0 and < inf .*got 0"),
+        ("clipping_threshold", "1", TypeError, NUMBER + "'1'"),
+        ("update_clipping_threshold", -1.0, ValueError, "> 0 and < inf .*got -1.0"),
+        ("weight_decay", -0.1, ValueError, ">= 0 and < inf .*got -0.1"),
+        ("weight_decay", None, TypeError, NUMBER + "None"),
+        ("mu_dtype", "float16", ValueError, "one of 'float32', 'bfloat16'.*'float16'"),
+        ("mu_dtype", jnp.bfloat16, ValueError, "one of 'float32', 'bfloat16'"),
+        ("bias_correction", "no", TypeError, "True or False, got 'no'"),
+        ("factoring", LastTwoAxes, TypeError, r"such as LastTwoAxes\(\), got <class"),
+        ("factoring", None, TypeError, r"such as LastTwoAxes\(\), got None"),
+        ("factoring", lambda path, shape: None, TypeError, "got <function"),
+    ],
+)
+def test_arguments(
+    argument: str, value: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=f"^{argument} .*{message}"):
+        came(**{"learning_rate": 1e-3, argument: value})
+
+
+@pytest.mark.parametrize(
+    "make, error, message",
+    [
+        (lambda: Stacked(LastTwoAxes), TypeError, r"Stacked\(rule=.*got <class"),
+        (lambda: Stacked(axis="0"), TypeError, r"Stacked\(axis=.*int, got '0'"),
+        (
+            lambda: Stacked(where="["),
+            ValueError,
+            r"Stacked\(where=.*got '\[': untermin",
+        ),
+        (lambda: Stacked(where=None), ValueError, r"Stacked\(where=.*got None"),
+        (lambda: LargestTwoAxes(0), ValueError, r"min_dim_size=.*int >= 1, got 0"),
+        (lambda: LargestTwoAxes("8"), ValueError, r"min_dim_size=.*int >= 1, got '8'"),
+    ],
+)
+def test_rules(make: Callable[[], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """A rule that gives every leaf the same answer."""
+
+    answer: Any
+
+    def axes(self, path: Any, shape: tuple[int, ...]) -> Any:
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    "rule, leaf, error, message",
+    [
+        (Answer((0, 1)), "kernel", TypeError, r"\(0, 1\).*FactoredAxes and None"),
+        (Answer(FactoredAxes(0, 1)), "kernel", TypeError, "must be tuples of axes"),
+        (Answer(FactoredAxes((0,), (2,))), "kernel", ValueError, "axes from -2 to 1"),
+        (Answer(FactoredAxes((0,), (1.0,))), "kernel", ValueError, "from -2 to 1"),
+        (Answer(FactoredAxes((0,), (-2,))), "kernel", ValueError, "named only once"),
+        (Answer(FactoredAxes((0,), ())), "kernel", ValueError, "both row and col"),
+        (Answer(FactoredAxes((), (1,))), "kernel", ValueError, "both row and col"),
+        (Answer(FactoredAxes((0,), (1,))), "scale", ValueError, "allowed are no axes"),
+        (
+            Stacked(axis=2),
+            "kernel",
+            ValueError,
+            r"Stacked\(axis=2\).*no such axis.*where=",
+        ),
+        (
+            Stacked(Answer(FactoredAxes((0,), (1,)))),
+            "kernel",
+            ValueError,
+            "from -1 to 0",
+        ),
+    ],
+)
+def test_answers_of_rules(
+    rule: Any, leaf: str, error: type[Exception], message: str
+) -> None:
+    params = {"a": {"kernel": jnp.ones((3, 2)), "scale": jnp.ones(())}[leaf]}
+    for transformation in (scale_by_factored_moment, scale_by_confidence):
+        with pytest.raises(error, match=f"(?=.*'a').*{message}"):
+            transformation(factoring=rule).init(params)
+
+
+@pytest.mark.parametrize(
+    "leaf, kind",
+    [
+        (jnp.ones((3, 2), jnp.int32), "dtype int32"),
+        (np.ones((3, 2), bool), "dtype bool"),
+        (jax.random.key(0), "dtype key"),
+        (1.0, "type float"),
+        ("text", "type str"),
+        (object(), "type object"),
+    ],
+)
+def test_leaves_that_are_no_arrays_of_numbers(leaf: Any, kind: str) -> None:
+    bad = PARAMS | {"steps": [leaf]}
+    tx = came(1e-3)
+    message = f"leaf 'steps/0' of the {{}} has {kind}.*floating point or complex"
+    with pytest.raises(TypeError, match=message.format("params")):
+        tx.init(bad)
+    state = tx.init(PARAMS | {"steps": [jnp.ones((3, 2))]})
+    with pytest.raises(TypeError, match=message.format("updates")):
+        tx.update(bad, state)
+
+
+def without(name: str) -> Any:
+    return {key: value for key, value in PARAMS.items() if key != name}
+
+
+TRANSPOSED = PARAMS | {"kernel": PARAMS["kernel"].T}
+LONGER = PARAMS | {"bias": jnp.ones(3)}
+
+
+@pytest.mark.parametrize(
+    "updates, params, message",
+    [
+        (PARAMS, without("bias"), "'bias' is in the updates but not in the params"),
+        (without("bias"), PARAMS, "'bias' is in the params but not in the updates"),
+        (None, PARAMS, "'bias' is in the params but not in the updates"),
+        (
+            PARAMS,
+            TRANSPOSED,
+            r"'kernel' has shape \(2, 3\) in the params and \(3, 2\) in the updates",
+        ),
+        (list(PARAMS.values()), PARAMS, "'bias' is in the params but not in the updates"),
+    ],
+)
+def test_updates_against_params(updates: Any, params: Any, message: str) -> None:
+    tx = came(1e-3)
+    with pytest.raises(ValueError, match=message):
+        tx.update(updates, tx.init(PARAMS), params)
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        (without("bias"), "'bias' is in the state but not in the updates"),
+        (PARAMS | {"x": jnp.ones(2)}, "'x' is in the updates but not in the state"),
+        (tuple(PARAMS.values()), "leaf '0' is in the updates but not in the state"),
+        (TRANSPOSED, r"'kernel' has shape \(3,\).* \(2, 3\) .*must be \(2,\)"),
+        (LONGER, r"'bias' has shape \(2,\).* \(3,\)"),
+        ({"kernel": PARAMS["kernel"], "bias": None}, "'bias' is in the state but not"),
+    ],
+)
+@pytest.mark.parametrize("make", [scale_by_factored_moment, scale_by_confidence])
+def test_a_changed_model_with_an_old_state(make: Any, model: Any, message: str) -> None:
+    tx = make()
+    with pytest.raises(ValueError, match=message):
+        tx.update(model, tx.init(PARAMS), model)
+
+
+def test_trees_that_differ_in_nodes_alone() -> None:
+    tx = scale_by_came()
+    with pytest.raises(ValueError, match=r"updates are structured as .*\(\*, \*\)"):
+        tx.update((jnp.ones(2), jnp.ones(2)), tx.init([jnp.ones(2), jnp.ones(2)]))
+
+
+def cast(state: Any, dtype: Any) -> Any:
+    return jax.tree.map(lambda x: x if x.dtype == jnp.int32 else x.astype(dtype), state)
+
+
+@pytest.mark.parametrize(
+    "state, error, message",
+    [
+        (None, TypeError, "must be a tuple as made by init, got a NoneType"),
+        (optax.adam(1e-3).init(PARAMS), ValueError, "updates and states"),
+        (
+            came(1e-3, factoring=LargestTwoAxes()).init(PARAMS),
+            ValueError,
+            r"v_row of leaf 'kernel' has shape \(1,\).*must be \(3,\)",
+        ),
+        (
+            came(1e-3, mu_dtype="bfloat16").init(PARAMS),
+            TypeError,
+            "mu of leaf 'bias' has dtype bfloat16.*mu_dtype='float32'.*must be float32",
+        ),
+        (
+            cast(came(1e-3).init(PARAMS), jnp.bfloat16),
+            TypeError,
+            "v_row of leaf 'bias' has dtype bfloat16.*was the state cast",
+        ),
+        (
+            came(1e-3).init(cast(PARAMS, jnp.complex64)),
+            TypeError,
+            "mu of leaf 'bias' has dtype complex64; for float32 updates",
+        ),
+    ],
+    ids=["None", "adam's", "other rule", "other mu_dtype", "cast", "complex"],
+)
+def test_states_of_other_optimizers(
+    state: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        came(1e-3).update(PARAMS, state, PARAMS)
+
+
+@pytest.mark.parametrize("make", [scale_by_factored_moment, scale_by_confidence])
+def test_half_a_state_of_another_kind(make: Any) -> None:
+    state = optax.scale_by_adam().init(PARAMS)
+    message = f"state of {make.__name__} must be a ScaleBy.*got a ScaleByAdamState"
+    with pytest.raises(TypeError, match=message):
+        make().update(PARAMS, state)
+
+
+def test_weight_decay_needs_params() -> None:
+    tx = came(1e-3, weight_decay=0.1)
+    with pytest.raises(ValueError, match="you are not passing `params`"):
+        tx.update(PARAMS, tx.init(PARAMS))
+
+
+@pytest.mark.parametrize(
+    "mask, error, message",
+    [
+        ({"kernel": True}, ValueError, "does not fit the parameters: (.|\n)*bias"),
+        ({"kernel": 1.0, "bias": False}, TypeError, "1.0 at 'kernel', not a bool"),
+        (lambda params: "yes", TypeError, "'yes' at '', not a bool"),
+    ],
+)
+def test_weight_decay_masks(mask: Any, error: type[Exception], message: str) -> None:
+    tx = came(1e-3, weight_decay=0.1, weight_decay_mask=mask)
+    with pytest.raises(error, match=f"^weight_decay_mask .*{message}"):
+        tx.init(PARAMS)
+
+
+def test_sixteen_bit_hyperparams_are_refused() -> None:
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+    with pytest.raises(ValueError, match=r"hyperparam_dtype=jnp\.float32"):
+        optax.inject_hyperparams(came)(1e-3).init(params)
