@@ -9,14 +9,21 @@ import numpy as np
 import tokenizers
 from tokenizers import Tokenizer
 
-from pretraining import masking
+from pretraining import masking, span_corruption
+from pretraining.errors import UserError
 from pretraining.files import write_atomically
 
 END_OF_TEXT = "<|endoftext|>"
 
 
 def byte_level_bpe(documents: Sequence[str], vocab_size: int) -> Tokenizer:
-    """Returns GPT-2's kind of tokenizer: BPE on bytes, so no text is unknown."""
+    """Returns GPT-2's kind of tokenizer: BPE on bytes, so no text is unknown.
+
+    Raises:
+        UserError: The vocabulary has no room for the bytes and END_OF_TEXT.
+    """
+    if vocab_size < 257:
+        raise UserError(f"--vocab-size {vocab_size}: must be at least 257")
 
     def train() -> Tokenizer:
         tokenizer = Tokenizer(tokenizers.models.BPE())
@@ -58,6 +65,41 @@ def wordpiece(documents: Sequence[str], vocab_size: int) -> Tokenizer:
     return _cached("wordpiece", documents, vocab_size, train)
 
 
+def unigram(documents: Sequence[str], vocab_size: int) -> Tokenizer:
+    """Returns T5's kind of tokenizer: Unigram, special tokens first, sentinels last.
+
+    <extra_id_0> has the highest id, <extra_id_1> the one below, and so on.
+    """
+
+    def train() -> Tokenizer:
+        tokenizer = Tokenizer(tokenizers.models.Unigram())
+        tokenizer.normalizer = tokenizers.normalizers.Sequence(
+            [
+                tokenizers.normalizers.NFKC(),
+                tokenizers.normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
+            ]
+        )
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+        tokenizer.decoder = tokenizers.decoders.Metaspace()
+        trainer = tokenizers.trainers.UnigramTrainer(
+            vocab_size=max(vocab_size - len(span_corruption.SENTINELS), 1),
+            special_tokens=list(span_corruption.SPECIAL),
+            unk_token=span_corruption.UNKNOWN,
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(documents, trainer)
+        tokenizer.add_special_tokens(list(reversed(span_corruption.SENTINELS)))
+        end = span_corruption.END
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"$A {end}",
+            pair=f"$A {end} $B {end}",
+            special_tokens=[(end, tokenizer.token_to_id(end))],
+        )
+        return tokenizer
+
+    return _cached("unigram", documents, vocab_size, train)
+
+
 def encode(tokenizer: Tokenizer, documents: Iterable[str], start: str) -> np.ndarray:
     """Encodes documents into one stream, the token `start` before each."""
     start_id = tokenizer.token_to_id(start)
@@ -80,7 +122,14 @@ def _cached(
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, train().to_str())
-    return Tokenizer.from_file(str(path))
+    tokenizer = Tokenizer.from_file(str(path))
+    # WordPiece and Unigram take in every character, however few tokens are wanted.
+    if tokenizer.get_vocab_size() > vocab_size:
+        raise UserError(
+            f"--vocab-size {vocab_size}: this text takes {tokenizer.get_vocab_size()} "
+            "at least"
+        )
+    return tokenizer
 
 
 def _cache_folder() -> Path:

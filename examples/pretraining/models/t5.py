@@ -11,6 +11,7 @@ References:
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +74,10 @@ SIZES = {
     "base-v1.0": _version_1_0(_size(768, 3072, 12, 12)),
     "large-v1.0": _version_1_0(_size(1024, 4096, 24, 16)),
 }
+
+
+# Input tokens, for want of a most: any number fits.
+INPUTS = {size: 128 if size.startswith("tiny") else 512 for size in SIZES}
 
 
 class Attention(nnx.Module):
@@ -200,6 +205,12 @@ class T5(nnx.Module):
 
     Decoder inputs are the targets shifted right: `decoder_inputs` makes them.
     """
+
+    # What tensor parallelism splits: heads, hidden units, the vocabulary.
+    tensor_axes: ClassVar = {
+        r"/(q|k|v|wi|wi_0|wi_1)/|^lm_head/": -1,
+        r"/(o|wo)/|^shared/": 0,
+    }
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
         self.config = config
