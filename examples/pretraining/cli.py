@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pretraining import runs
+from pretraining.devices import connect, first_says
 from pretraining.errors import Interrupted, UserError
 
 
@@ -43,7 +44,7 @@ def parse(
         parser.set_defaults(**options, output=str(output))
         args = parser.parse_args(argv)
     elif args.output is None:
-        args.output = str(runs.next_free(name))
+        args.output = first_says(str(runs.next_free(name)))
     return _instances(groups, args)
 
 
@@ -86,6 +87,7 @@ def _instances(groups: Sequence[type], args: argparse.Namespace) -> list[Any]:
 def run(main: Callable[[], None]) -> NoReturn:
     """Runs a script's main function and exits: 2 for the user's errors."""
     script = Path(sys.argv[0])
+    connect()
     try:
         main()
     except UserError as error:

@@ -1,26 +1,146 @@
-"""Placement: parameters on every device, batches spread over them."""
+"""Processes and devices: the mesh, and batches spread over it."""
 
+import argparse
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from glob import glob
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pretraining.errors import UserError
 
+# Batches are split over the first two; fsdp splits parameters too, and tensor the work
+# on one sequence.
+AXES = ("data", "fsdp", "tensor")
+BATCH = PartitionSpec(("data", "fsdp"))
 
-def make_mesh() -> Mesh:
-    """One data-parallel axis over all devices of all processes."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+
+def connect() -> None:
+    """Joins the other processes of this run, if there are any; call it first of all.
+
+    Only the first process prints from then on.
+
+    TPU slices and Slurm tell JAX what it needs. Elsewhere JAX_COORDINATOR_ADDRESS
+    (host:port of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID do.
+    """
+    if "JAX_NUM_PROCESSES" in os.environ:
+        jax.distributed.initialize(
+            num_processes=int(os.environ["JAX_NUM_PROCESSES"]),
+            process_id=int(os.environ["JAX_PROCESS_ID"]),
+        )
+    elif int(os.environ.get("SLURM_NTASKS", 1)) > 1 or _has_tpu():
+        jax.distributed.initialize()
+    if jax.distributed.is_initialized() and not is_first_process():
+        sys.stdout = open(os.devnull, "w")
+
+
+def _has_tpu() -> bool:
+    chips = glob("/dev/accel[0-9]*") + glob("/dev/vfio/[0-9]*")
+    return bool(chips) and "tpu" in os.environ.get("JAX_PLATFORMS", "tpu")
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that talks and writes files."""
+    return jax.process_index() == 0
+
+
+def first_says(text: str) -> str:
+    """Returns what the first process passes in, in all processes."""
+    if jax.process_count() == 1:
+        return text
+    content = np.zeros(4096, np.uint8)
+    encoded = np.frombuffer(text.encode(), np.uint8)
+    content[: len(encoded)] = encoded
+    content = np.asarray(multihost_utils.broadcast_one_to_all(content))
+    return content.tobytes().rstrip(b"\0").decode()
+
+
+def any_process(flag: bool) -> bool:
+    """Returns whether the flag is set in any process; all have to ask."""
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
+def mesh_sizes(text: str) -> dict[str, int]:
+    """Reads a mesh such as "data=2,fsdp=4"; an `argparse` type."""
+    sizes = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if name not in AXES or name in sizes or not size.isdecimal() or int(size) < 1:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not like data=2,fsdp=4,tensor=1"
+            )
+        sizes[name] = int(size)
+    return sizes
+
+
+def make_mesh(
+    sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """Arranges devices in a mesh with the axes data, fsdp and tensor.
+
+    Args:
+        sizes: Sizes of some axes. The size of data is by default what the others leave.
+        devices: The devices, by default those of all processes.
+
+    Raises:
+        UserError: The sizes do not fit the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = dict(sizes or {})
+    sizes.setdefault("data", max(len(devices) // math.prod(sizes.values()), 1))
+    shape = tuple(sizes.get(axis, 1) for axis in AXES)
+    if math.prod(shape) != len(devices):
+        given = ",".join(f"{axis}={n}" for axis, n in sizes.items())
+        raise UserError(f"--mesh {given}: there are {len(devices)} devices")
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1:
+        # The axis that communicates least goes over the network between TPU slices.
+        if shape[0] % slices:
+            raise UserError(
+                f"--mesh: data={shape[0]} must be a multiple of the {slices} slices"
+            )
+        array = mesh_utils.create_hybrid_device_mesh(
+            (shape[0] // slices, *shape[1:]), (slices, 1, 1), devices
+        )
+        return Mesh(array, AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """Makes global arrays of this process's part of a batch."""
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
+def data_part(mesh: Mesh) -> tuple[int, int]:
+    """Returns which part of each batch this process loads, and of how many.
+
+    Processes that share sequences, as the tensor axis does, load the same part.
+
+    Raises:
+        UserError: The devices of this process do not form such a part.
+    """
+    rows = mesh.devices.reshape(-1, mesh.shape["tensor"])
+    mine = [
+        i
+        for i, row in enumerate(rows)
+        if any(device.process_index == jax.process_index() for device in row)
+    ]
+    count, remainder = divmod(len(rows), len(mine))
+    index = mine[0] // len(mine)
+    if remainder or mine != list(range(index * len(mine), (index + 1) * len(mine))):
+        raise UserError("--mesh: the devices of a process must be neighbours in it")
+    return index, count
+
+
+def put_batch(batch: Any, mesh: Mesh, axis: int = 0) -> Any:
+    """Makes global arrays of this process's part of a batch, spread along an axis."""
+    sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, *BATCH))
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(sharding, x), dict(batch)
     )
@@ -28,12 +148,19 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
 
 def check_batch_size(batch_size: int, accumulate: int, mesh: Mesh) -> None:
     """Raises UserError unless each device gets as many sequences as any other."""
-    devices = mesh.shape["data"]
-    if batch_size % (devices * accumulate):
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % (parts * accumulate):
         raise UserError(
-            f"--batch-size {batch_size}: must be a multiple of {devices * accumulate}, "
-            f"{devices} device(s) times --accumulate {accumulate}"
+            f"--batch-size {batch_size}: must be a multiple of {parts * accumulate}, "
+            f"{parts} device(s) times --accumulate {accumulate}"
         )
+
+
+def to_host(tree: Any) -> Any:
+    """Returns NumPy arrays of whole arrays, in every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def compute_dtype() -> jnp.dtype:

@@ -18,6 +18,7 @@ import safetensors.numpy
 from flax import nnx
 from tokenizers import Tokenizer
 
+from pretraining.devices import is_first_process
 from pretraining.errors import UserError
 from pretraining.files import write_atomically
 from pretraining.models import bert, gpt2, t5
@@ -98,12 +99,14 @@ _LEAVES = {r"(kernel|embedding|scale)$": "weight"}
 
 
 def save(folder: Path | str, model: nnx.Module) -> None:
-    """Writes a model's config.json and model.safetensors.
+    """Writes a model's config.json and model.safetensors, in the first process.
 
     Args:
         folder: Where; it must exist.
         model: A `GPT2`, `MaskedLM` or `T5`.
     """
+    if not is_first_process():
+        return
     folder = Path(folder)
     model_type = next(
         key for key, f in _FORMATS.items() if isinstance(model.config, f.config)

@@ -16,9 +16,13 @@ class MetricsWriter:
         run: The run's folder.
         step: Where the run goes on. What an interrupted one wrote past it is dropped,
             so that each step is there once.
+        enabled: Whether to write at all; only one of several processes may.
     """
 
-    def __init__(self, run: Path, step: int):
+    def __init__(self, run: Path, step: int, *, enabled: bool = True):
+        self._file = self._events = None
+        if not enabled:
+            return
         path = run / "metrics.jsonl"
         kept = [row for row in read(run) if row["step"] <= step]
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
@@ -29,6 +33,8 @@ class MetricsWriter:
 
     def write(self, step: int, **metrics: float) -> None:
         """Writes the metrics of a step."""
+        if self._file is None:
+            return
         self._file.write(json.dumps({"step": step} | metrics) + "\n")
         self._file.flush()
         for name, value in metrics.items():
@@ -38,8 +44,9 @@ class MetricsWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
-        self._events.close()
+        if self._file is not None:
+            self._file.close()
+            self._events.close()
 
 
 def read(run: Path) -> list[dict[str, Any]]:

@@ -41,13 +41,19 @@ class Windows(Sequence[Record]):
         return {"tokens": window.astype(np.int32)}
 
 
-def train_batches(task: Task, batch_size: int, seed: int) -> grain.DatasetIterator:
-    """Endless batches, reshuffled each epoch."""
+def train_batches(
+    task: Task, batch_size: int, seed: int, part: tuple[int, int] | None = None
+) -> grain.DatasetIterator:
+    """Endless batches, reshuffled each epoch.
+
+    `part` is which part of each batch to load, and of how many; by default each process
+    loads its own.
+    """
     records = grain.MapDataset.source(_Weighted(task.train)).seed(seed)
     records = records.shuffle().repeat()
     # Making a batch takes microseconds; more threads would only take cores from XLA.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-    return iter(_batches(records, task, batch_size).to_iter_dataset(options))
+    return iter(_batches(records, task, batch_size, part).to_iter_dataset(options))
 
 
 def validation_batches(
@@ -55,14 +61,15 @@ def validation_batches(
     batch_size: int,
     limit: int | None = None,
     records: Sequence[Record] | None = None,
+    part: tuple[int, int] | None = None,
 ) -> Iterator[Any]:
     """Every held-out record once, or `limit` batches of them, always the same.
 
-    `records` takes the place of the task's own.
+    `records` takes the place of the task's own; `part` is as for `train_batches`.
     """
     source = _Weighted(records or task.validation, batch_size)
     records = grain.MapDataset.source(source).seed(0)
-    batches = _batches(records.shuffle(), task, batch_size)
+    batches = _batches(records.shuffle(), task, batch_size, part)
     return (batches[k] for k in range(min(len(batches), limit or len(batches))))
 
 
@@ -84,12 +91,15 @@ def check_lengths(task: Task) -> None:
 
 
 def _batches(
-    records: grain.MapDataset, task: Task, batch_size: int
+    records: grain.MapDataset,
+    task: Task,
+    batch_size: int,
+    part: tuple[int, int] | None,
 ) -> grain.MapDataset:
     if task.transform is not None:
         records = records.random_map(task.transform)
-    part = batch_size // jax.process_count()
-    return records.batch(part)[jax.process_index() :: jax.process_count()]
+    index, count = part or (jax.process_index(), jax.process_count())
+    return records.batch(batch_size // count)[index::count]
 
 
 class _Weighted(Sequence[Record]):

@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping
 from typing import Self
 
+import jax
 from tqdm import tqdm
 
 
@@ -17,7 +18,7 @@ class Progress:
             total=steps,
             unit="step",
             dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+            disable=not sys.stderr.isatty() or jax.process_index() > 0,
         )
         self._width = len(str(steps))
         self._values: dict[str, str] = {}

@@ -1,5 +1,6 @@
 """The training step and the evaluation step: pure, jitted, the state donated."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +10,9 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from came_optax import state_sharding
 from pretraining import devices
+from pretraining.sharding import param_shardings
 from pretraining.task import Batch, Mean, Task
 
 Params = Any
@@ -29,6 +32,17 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
 
 
+def state_shardings(
+    task: Task, tx: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Returns the shardings of a training state, each in its place."""
+    model = _abstract_model(task)
+    params = nnx.state(model, nnx.Param)
+    of_params = param_shardings(mesh, params, getattr(model, "tensor_axes", {}))
+    of_opt_state = state_sharding(tx, params, of_params)
+    return TrainState(devices.replicated(mesh), of_params, of_opt_state)
+
+
 def make_init(
     task: Task, tx: optax.GradientTransformation, seed: int, mesh: Mesh
 ) -> Callable[[], TrainState]:
@@ -38,7 +52,7 @@ def make_init(
         params = nnx.state(task.make_model(nnx.Rngs(seed)), nnx.Param)
         return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
-    return jax.jit(init, out_shardings=devices.replicated(mesh))
+    return jax.jit(init, out_shardings=state_shardings(task, tx, mesh))
 
 
 def make_train_step(
@@ -49,6 +63,7 @@ def make_train_step(
     mesh: Mesh,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Returns `(state, batch) -> (state, metrics)`; the state passed in is donated."""
+    shardings = state_shardings(task, tx, mesh)
 
     def loss(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
         means = task.loss_fn(merge(task, params), batch, nnx.Rngs(dropout=key))
@@ -61,7 +76,9 @@ def make_train_step(
             index, batch = part
             gradient = jax.grad(loss, has_aux=True)
             terms = gradient(state.params, batch, jax.random.fold_in(key, index))
-            return jax.tree.map(jnp.add, sums, terms), None
+            grads, means = jax.tree.map(jnp.add, sums, terms)
+            grads = jax.lax.with_sharding_constraint(grads, shardings.params)
+            return (grads, means), None
 
         # Neighbouring rows go to different parts: each part stays spread over devices.
         parts = jax.tree.map(
@@ -81,7 +98,11 @@ def make_train_step(
         metrics["gradient_norm"] = optax.tree.norm(grads)
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    return jax.jit(train_step, donate_argnums=0, out_shardings=devices.replicated(mesh))
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        out_shardings=(shardings, devices.replicated(mesh)),
+    )
 
 
 def make_eval_step(
@@ -97,6 +118,14 @@ def make_eval_step(
 
 def merge(task: Task, params: Params) -> Any:
     """Returns the task's model with these parameters."""
-    model = nnx.eval_shape(lambda: task.make_model(nnx.Rngs(0)))
-    graphdef, _ = nnx.split(model, nnx.Param)
-    return nnx.merge(graphdef, params)
+    return nnx.merge(_graphdef(task), params)
+
+
+@functools.cache
+def _graphdef(task: Task) -> Any:
+    graphdef, _ = nnx.split(_abstract_model(task), nnx.Param)
+    return graphdef
+
+
+def _abstract_model(task: Task) -> Any:
+    return nnx.eval_shape(lambda: task.make_model(nnx.Rngs(0)))

@@ -39,6 +39,14 @@ class TrainingOptions:
     accumulate: int = option(
         1, "parts that a batch is computed in, to save memory", type=positive_int
     )
+    mesh: Mapping[str, int] | None = option(
+        None,
+        "devices for each way to split the work, e.g. data=2,fsdp=4: data splits "
+        "batches, fsdp parameters and state too, tensor each sequence's work (default: "
+        "data takes all)",
+        type=devices.mesh_sizes,
+        metavar="AXIS=N,...",
+    )
     seed: int = option(0, "of initial weights, shuffling and sampling", type=int)
     log_every: int = option(10, "steps between metrics", type=positive_int)
     eval_every: int = option(100, "steps between evaluations", type=positive_int)
@@ -73,7 +81,8 @@ class Trainer:
     ):
         self.task, self.optimizer, self.training = task, optimizer, training
         self.folder = Path(run.output)
-        self.mesh = devices.make_mesh()
+        self.mesh = devices.make_mesh(training.mesh)
+        self.data_part = devices.data_part(self.mesh)
         devices.check_batch_size(training.batch_size, training.accumulate, self.mesh)
         pipeline.check_lengths(task)
         self.schedule = make_schedule(optimizer, training.steps)
@@ -82,7 +91,9 @@ class Trainer:
             task, self.tx, training.accumulate, training.seed, self.mesh
         )
         self.eval_step = make_eval_step(task, self.mesh)
-        self.batches = pipeline.train_batches(task, training.batch_size, training.seed)
+        self.batches = pipeline.train_batches(
+            task, training.batch_size, training.seed, self.data_part
+        )
         runs.prepare(self.folder, resume=run.resume)
         self.checkpoints = Checkpoints(self.folder)
         init = make_init(task, self.tx, training.seed, self.mesh)
@@ -95,19 +106,21 @@ class Trainer:
         else:
             self.state = init()
             if task.pretrained is not None:
+                of_params = jax.tree.map(lambda p: p.sharding, self.state.params)
                 params = task.pretrained(self.state.params)
-                params = jax.device_put(params, devices.replicated(self.mesh))
+                params = jax.device_put(params, of_params)
                 self.state = self.state._replace(params=params)
-        for name, content in task.files.items():
-            write_atomically(self.folder / name, content)
+        if devices.is_first_process():
+            for name, content in task.files.items():
+                write_atomically(self.folder / name, content)
 
     @property
     def model(self) -> Any:
-        """The model with its present parameters."""
-        return merge(self.task, self.state.params)
+        """The model with its present parameters, whole and on the host."""
+        return merge(self.task, devices.to_host(self.state.params))
 
-    def run(self) -> Result:
-        """Trains to the last step.
+    def run(self) -> Result | None:
+        """Trains to the last step; in all processes but the first returns None.
 
         Raises:
             Diverged: The loss or a gradient is no longer finite.
@@ -120,7 +133,9 @@ class Trainer:
         speed = Throughput(training.batch_size * self.task.tokens_per_record)
         with (
             InterruptRequest() as interrupt,
-            metrics.MetricsWriter(self.folder, first_step - 1) as writer,
+            metrics.MetricsWriter(
+                self.folder, first_step - 1, enabled=devices.is_first_process()
+            ) as writer,
             Progress(first_step - 1, last_step) as progress,
         ):
             for step in range(first_step, last_step + 1):
@@ -152,13 +167,18 @@ class Trainer:
                     progress.show({f"validation {k}": f"{means[k]:.3f}" for k in means})
                     progress.print_line(step)
                     speed.restart()
-                if last or step % training.checkpoint_every == 0 or interrupt.received:
+                interrupted = interrupt.received
+                if jax.process_count() > 1:  # They can only stop together.
+                    asked = step % training.log_every == 0
+                    interrupted = asked and devices.any_process(interrupted)
+                if last or step % training.checkpoint_every == 0 or interrupted:
                     _finite_floats(step_metrics, step)
                     self.save()
                     speed.restart()
-                if interrupt.received and not last:
+                if interrupted and not last:
                     raise Interrupted(step, self.folder)
-        return self._conclude(time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        return self._conclude(seconds) if devices.is_first_process() else None
 
     def evaluate(
         self, limit: int | None = None, records: Sequence[Record] | None = None
@@ -169,7 +189,9 @@ class Trainer:
         """
         sums = collections.defaultdict(lambda: np.zeros(2))
         size = self.training.batch_size
-        for batch in pipeline.validation_batches(self.task, size, limit, records):
+        for batch in pipeline.validation_batches(
+            self.task, size, limit, records, self.data_part
+        ):
             batch = devices.put_batch(batch, self.mesh)
             for name, mean in self.eval_step(self.state.params, batch).items():
                 sums[name] += np.asarray(mean, np.float64)

@@ -10,6 +10,7 @@ References:
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -157,6 +158,13 @@ class MaskedLM(nnx.Module):
     Called with token ids (B, L) and, to save work, the positions (B, K) that are wanted
     (all by default); returns logits (B, K, V) in float32.
     """
+
+    # What tensor parallelism splits: heads, hidden units, the vocabulary.
+    tensor_axes: ClassVar = {
+        r"/(query|key|value|intermediate)/": -1,
+        r"/output/kernel$": 0,
+        r"/word_embeddings/": 0,
+    }
 
     def __init__(self, config: BERTConfig, *, rngs: nnx.Rngs):
         self.config = config

@@ -9,6 +9,7 @@ References:
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -99,6 +100,10 @@ class Block(nnx.Module):
 
 class GPT2(nnx.Module):
     """Token ids (B, L) to next-token logits (B, L, V) in float32."""
+
+    # What tensor parallelism splits: hidden units, the vocabulary, and the rows of what
+    # joins the heads (the columns before it are queries, keys and values side by side).
+    tensor_axes: ClassVar = {r"/c_fc/": -1, r"/c_proj/kernel$": 0, r"^wte/": 0}
 
     def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs):
         self.config = config
