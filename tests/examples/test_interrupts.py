@@ -1,0 +1,103 @@
+"""A run that is killed or interrupted goes on as if nothing had happened."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from pretraining import metrics
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "examples" / "pretrain_gpt2.py"
+ARGUMENTS = [
+    *("--vocab-size", "300", "--seq-len", "8", "--batch-size", "4", "--steps", "40"),
+    *("--log-every", "1", "--eval-every", "10", "--eval-batches", "1"),
+    *("--checkpoint-every", "20"),
+]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory):
+    """Starts the script in a new process on one device."""
+    folder = tmp_path_factory.mktemp("interrupts")
+    sentences = (f"Sentence {i} says {i * i} times {i % 7}.\n" for i in range(2_000))
+    (folder / "text.txt").write_text("".join(sentences))
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "XDG_CACHE_HOME": str(folder / "cache"),
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XLA_FLAGS": "",
+    }
+
+    def start_process(*arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, str(SCRIPT), *arguments],
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    start_process.folder = folder
+    return start_process
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, error = process.communicate()
+    assert process.returncode == 0, error
+    return output
+
+
+def read_until(process: subprocess.Popen[str], beginning: str) -> None:
+    for line in process.stdout:
+        if line.startswith(beginning):
+            return
+    pytest.fail(f"no line {beginning!r}: {process.stderr.read()}")
+
+
+def read_run(folder: Path) -> tuple[list, dict]:
+    """Returns the metrics without timings, and the last checkpoint's arrays."""
+    rows = metrics.read(folder)
+    for row in rows:
+        row.pop("tokens_per_second", None)
+    with ocp.StandardCheckpointer() as checkpointer:
+        state = checkpointer.restore(folder.absolute() / "checkpoints" / "40" / "state")
+    return rows, state
+
+
+@pytest.fixture(scope="module")
+def straight(start) -> tuple[list, dict]:
+    finish(start("--text", "text.txt", *ARGUMENTS, "--output", "straight"))
+    return read_run(start.folder / "straight")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_stopped_and_resumed_equals_straight(start, straight, number: signal.Signals):
+    name = number.name
+    process = start("--text", "text.txt", *ARGUMENTS, "--output", name)
+    read_until(process, "step 30")
+    process.send_signal(number)
+    _, error = process.communicate()
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert f"is saved in {name}\n" in error
+        assert f"--resume --output {name}\n" in error
+        assert "Traceback" not in error
+    else:
+        assert process.returncode == -number
+    assert "40" not in os.listdir(start.folder / name / "checkpoints")
+
+    output = finish(start("--resume", "--output", name))
+    assert "step 40" in output
+    rows, state = read_run(start.folder / name)
+    straight_rows, straight_state = straight
+    assert rows == straight_rows
+    jax.tree.map(np.testing.assert_array_equal, state, straight_state)

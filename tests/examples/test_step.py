@@ -1,0 +1,116 @@
+"""Training and evaluation steps on mock data, over eight devices."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from pretraining import devices, step
+from pretraining.errors import UserError
+from pretraining.models import gpt2
+from pretraining.optimizers import (
+    OptimizerOptions,
+    decay_mask,
+    make_optimizer,
+    make_schedule,
+)
+from pretraining.task import Task
+
+CONFIG = gpt2.GPT2Config(vocab_size=13, n_positions=8, n_embd=12, n_layer=1, n_head=3)
+TASK = Task(
+    name="mock",
+    make_model=lambda rngs: gpt2.GPT2(CONFIG, rngs=rngs),
+    loss_fn=gpt2.next_token_loss,
+    train=[],
+    validation=[],
+    tokens_per_record=8,
+)
+BATCH = {
+    "tokens": np.random.default_rng(0).integers(13, size=(16, 9), dtype=np.int32),
+    "weight": np.ones(16, np.float32),
+}
+
+
+@pytest.fixture(autouse=True)
+def implicit_promotion():
+    """Allows what optax's schedules and AdamW do."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def train(tx: optax.GradientTransformation, steps: int, accumulate: int = 1):
+    mesh = devices.make_mesh()
+    state = step.make_init(TASK, tx, 0, mesh)()
+    train_step = step.make_train_step(TASK, tx, accumulate, 0, mesh)
+    losses = []
+    for _ in range(steps):
+        state, metrics = train_step(state, devices.put_batch(BATCH, mesh))
+        losses.append(float(metrics["loss"]))
+    assert train_step._cache_size() == 1
+    return state, losses
+
+
+@pytest.mark.parametrize("optimizer", ["came", "adamw", "adafactor"])
+def test_loss_falls(optimizer: str):
+    options = OptimizerOptions(optimizer=optimizer, learning_rate=2e-3, warmup=0)
+    tx = make_optimizer(options, make_schedule(options, 10))
+    state, losses = train(tx, 5)
+    assert losses[0] == pytest.approx(np.log(13), rel=0.02)
+    assert losses[-1] < losses[0] - 0.01
+    assert state.step == 5
+    chex.assert_tree_all_finite(state.params)
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state))
+
+
+def test_accumulation_changes_nothing_but_rounding():
+    whole, losses = train(optax.sgd(1.0), 1)
+    parts, part_losses = train(optax.sgd(1.0), 1, accumulate=2)
+    assert losses == pytest.approx(part_losses, rel=1e-6)
+    chex.assert_trees_all_close(whole.params, parts.params, atol=1e-6)
+
+
+def test_evaluation_leaves_padding_out():
+    mesh = devices.make_mesh()
+    params = step.make_init(TASK, optax.identity(), 0, mesh)().params
+    eval_step = step.make_eval_step(TASK, mesh)
+    padded = {
+        "tokens": np.concatenate([BATCH["tokens"][:11], np.zeros((5, 9), np.int32)]),
+        "weight": np.repeat([1, 0], [11, 5]).astype(np.float32),
+    }
+    mean = eval_step(params, devices.put_batch(padded, mesh))["loss"]
+    alone = {name: array[:11] for name, array in BATCH.items()}
+    expected = nnx.jit(gpt2.next_token_loss)(step.merge(TASK, params), alone)["loss"]
+    assert mean.count == 11 * 8
+    assert mean.total == pytest.approx(float(expected.total), rel=1e-5)
+
+
+def test_kernels_alone_are_decayed():
+    params = jax.eval_shape(
+        step.make_init(TASK, optax.identity(), 0, devices.make_mesh())
+    ).params
+    mask = nnx.to_flat_state(decay_mask(params))
+    decayed = {path[-1] for path, leaf in mask if leaf.get_raw_value()}
+    spared = {path[-1] for path, leaf in mask if not leaf.get_raw_value()}
+    assert decayed == {"kernel"}
+    assert spared == {"bias", "scale", "embedding"}
+
+
+def test_batches_must_split_evenly():
+    mesh = devices.make_mesh()
+    devices.check_batch_size(32, 4, mesh)
+    for batch_size, accumulate in (12, 1), (16, 4):
+        with pytest.raises(UserError, match="--batch-size"):
+            devices.check_batch_size(batch_size, accumulate, mesh)
+
+
+def test_schedule_warms_up_and_decays_to_a_tenth():
+    schedule = make_schedule(OptimizerOptions(learning_rate=1.0, warmup=4), 20)
+    rates = np.asarray(jax.vmap(schedule)(jnp.arange(21)))
+    assert rates[:5].tolist() == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert (np.diff(rates[4:]) < 0).all()
+    assert rates[20] == pytest.approx(0.1)
+    with pytest.raises(UserError, match="--warmup 20"):
+        make_schedule(OptimizerOptions(warmup=20), 20)

