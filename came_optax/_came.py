@@ -50,7 +50,8 @@ def scale_by_came(
       eps2: added to the instability, :math:`\varepsilon_2`; ≥ 1e-30.
       clipping_threshold: largest root mean square of u, :math:`d`; > 0, or None.
       factoring: which axes of each leaf are rows and columns.
-      mu_dtype: how momentum is stored: ``"float32"`` or ``"bfloat16"``.
+      mu_dtype: how momentum is stored: ``"float32"``, ``"bfloat16"``, ``"int8"`` or
+        ``"int4"``.
       bias_correction: correct the second moment, the momentum of the update and the
         instability for their start at zero.
       update_clipping_threshold: largest root mean square of a leaf's final update; > 0,
@@ -124,7 +125,8 @@ def came(
             + \lambda \theta \right)
 
     Vectors and scalars keep the full :math:`v`, and their update is :math:`m`. State
-    takes about 4 bytes per parameter, half of Adam's; 2 with ``mu_dtype="bfloat16"``.
+    takes about 4 bytes per parameter, half of Adam's; 2, 1 or 0.5 with ``mu_dtype``
+    ``"bfloat16"``, ``"int8"`` or ``"int4"``.
 
     The published algorithm (the default) corrects no bias, so that its first steps are
     up to 11 times the learning rate: use warmup, or ``bias_correction=True``.
@@ -146,8 +148,9 @@ def came(
       weight_decay_mask: a tree of bools (or a function from parameters to one) that is
         True where weight decay applies, as in ``optax.add_decayed_weights``.
       factoring: which axes of each leaf are rows and columns.
-      mu_dtype: how momentum is stored: ``"float32"`` (float64 for float64 parameters)
-        or ``"bfloat16"``.
+      mu_dtype: how momentum is stored: ``"float32"`` (float64 for float64 parameters),
+        ``"bfloat16"``, ``"int8"`` or ``"int4"``; in 8 and 4 bits with a scale for each
+        row and column, and float32 in leaves of fewer than 4096 elements.
       bias_correction: correct the second moment, the momentum of the update and the
         instability for their start at zero.
       update_clipping_threshold: largest root mean square of a leaf's final update,

@@ -38,7 +38,12 @@ class ScaleByConfidenceState(NamedTuple):
     Attributes:
       count: number of updates so far; shape (), int32.
       mu: first moment of the updates; the leaf's shape, in the dtype that
-        ``mu_dtype`` says.
+        ``mu_dtype`` says. With ``"int4"``, uint8 bytes of two neighbours along the last
+        axis but one, or another if only that is of even size.
+      mu_row: largest magnitude in each row of a quantized first moment; the leaf's
+        shape without ``col`` axes.
+      mu_col: largest magnitude in each column of a quantized first moment; the leaf's
+        shape without ``row`` axes.
       s_row: factored leaves: mean of the instability ``|u − m|²`` over ``col`` axes;
         the leaf's shape without them.
       s_col: factored leaves: mean of the instability over ``row`` axes; the leaf's
@@ -47,6 +52,8 @@ class ScaleByConfidenceState(NamedTuple):
 
     count: jax.typing.ArrayLike  # type: ignore[assignment]  # hides tuple.count
     mu: optax.Updates
+    mu_row: optax.Updates
+    mu_col: optax.Updates
     s_row: optax.Updates
     s_col: optax.Updates
 
@@ -82,7 +89,10 @@ def scale_by_confidence(
       eps2: added to the instability, :math:`\varepsilon_2`; ≥ 1e-30.
       factoring: which axes of each leaf are rows and columns.
       mu_dtype: how momentum is stored between steps: ``"float32"`` (float64 for
-        float64 parameters) or ``"bfloat16"``. Arithmetic uses the unrounded momentum.
+        float64 parameters), ``"bfloat16"``, ``"int8"`` or ``"int4"``. The step that
+        stores it uses the unrounded momentum. Integers are codes with a scale for each
+        row and column; leaves of fewer than 4096 elements stay float32, and complex
+        momentum complex.
       bias_correction: divide the instability by :math:`1 - \beta_3^t` and the momentum
         in the update by :math:`1 - \beta_1^t`. The residual :math:`u - m` keeps the
         uncorrected momentum: with the corrected one it would be 0 at the first step.
@@ -121,7 +131,7 @@ def scale_by_confidence(
         def init_leaf(p: Any, axes: FactoredAxes) -> _Leaf:
             row_mean, col_mean, _ = stats.reductions(axes)
             return _Leaf(
-                momentum.init(p, mu_dtype),
+                momentum.init(p, axes, mu_dtype),
                 stats.init_statistic(p, row_mean),
                 stats.init_statistic(p, col_mean),
             )
@@ -147,6 +157,8 @@ def scale_by_confidence(
             u: jax.Array,
             axes: FactoredAxes,
             mu: jax.Array,
+            mu_row: jax.Array,
+            mu_col: jax.Array,
             s_row: jax.Array,
             s_col: jax.Array,
         ) -> _Leaf:
@@ -154,8 +166,10 @@ def scale_by_confidence(
             stats.check_statistic("s_row", path, s_row, u.shape, row_mean)
             stats.check_statistic("s_col", path, s_col, u.shape, col_mean)
             x = stats.in_precision_of(s_row, u)
-            momentum.check(path, mu, x, mu_dtype)
-            m = stats.moving_average(momentum.load(mu, x), x, b1)
+            stored = momentum.Stored(mu, mu_row, mu_col)
+            momentum.check(path, stored, x, axes, mu_dtype)
+            old_m = momentum.load(stored, x, axes, mu_dtype)
+            m = stats.moving_average(old_m, x, b1)
             delta = m
             if axes.factored:
                 residual = x - m
@@ -167,13 +181,16 @@ def scale_by_confidence(
                 if axes.factored:
                     scale *= jnp.sqrt(stats.one_minus_power(b3, count))
                 delta *= scale.astype(delta.dtype)
-            return _Leaf(momentum.store(m, mu), s_row, s_col, delta.astype(u.dtype))
+            stored = momentum.store(m, stored, axes, mu_dtype)
+            return _Leaf(stored, s_row, s_col, delta.astype(u.dtype))
 
         leaves = jax.tree.map_with_path(
             update_leaf,
             updates,
             factored_axes(factoring, updates),
             state.mu,
+            state.mu_row,
+            state.mu_col,
             state.s_row,
             state.s_col,
         )
@@ -186,7 +203,7 @@ def scale_by_confidence(
 class _Leaf:
     """One leaf's new state and update; opaque to ``jax.tree.map``."""
 
-    mu: jax.Array
+    stored: momentum.Stored
     s_row: jax.Array
     s_col: jax.Array
     delta: jax.Array | None = None
@@ -195,7 +212,9 @@ class _Leaf:
 def _to_state(count: jax.typing.ArrayLike, leaves: Any) -> ScaleByConfidenceState:
     return ScaleByConfidenceState(
         count=count,
-        mu=jax.tree.map(lambda leaf: leaf.mu, leaves),
+        mu=jax.tree.map(lambda leaf: leaf.stored.mu, leaves),
+        mu_row=jax.tree.map(lambda leaf: leaf.stored.mu_row, leaves),
+        mu_col=jax.tree.map(lambda leaf: leaf.stored.mu_col, leaves),
         s_row=jax.tree.map(lambda leaf: leaf.s_row, leaves),
         s_col=jax.tree.map(lambda leaf: leaf.s_col, leaves),
     )

@@ -1,14 +1,35 @@
 """How the first moment is stored between steps."""
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from came_optax._checks import KeyPath, path_name
+from came_optax import _quantization as quantization
+from came_optax._checks import KeyPath, Shape, path_name
+from came_optax._factoring import FactoredAxes
 from came_optax._statistics import real_dtype
 
-_DTYPES = ("float32", "bfloat16")
+_DTYPES = ("float32", "bfloat16", "int8", "int4")
+_BITS = {"int8": 8, "int4": 4}
+
+# Below this the momentum's share of all memory is small, and that of its scales large.
+_MIN_QUANTIZED_SIZE = 4096
+
+
+class Stored(NamedTuple):
+    """One leaf's momentum as it is stored.
+
+    Attributes:
+      mu: the momentum, or its codes.
+      mu_row: scales of the codes' rows; zeros of shape (1,) without codes.
+      mu_col: scales of the codes' columns; zeros of shape (1,) without codes, or rows.
+    """
+
+    mu: jax.Array
+    mu_row: jax.Array
+    mu_col: jax.Array
 
 
 def check_dtype(mu_dtype: Any) -> None:
@@ -18,42 +39,94 @@ def check_dtype(mu_dtype: Any) -> None:
         raise ValueError(f"mu_dtype must be one of {allowed}, got {mu_dtype!r}")
 
 
-def init(p: Any, mu_dtype: str) -> jax.Array:
-    """Returns zeros shaped (and, on an explicit mesh, sharded) like the parameter.
+def init(p: Any, axes: FactoredAxes, mu_dtype: str) -> Stored:
+    """Returns stored zeros; on an explicit mesh, sharded like the parameter.
 
-    Complex momentum has no 16-bit dtype and stays complex64 or complex128.
+    Complex momentum has no narrow dtype and stays complex64 or complex128.
     """
-    return jnp.zeros_like(p, dtype=_stored_dtype(p.dtype, mu_dtype))
+    dtype = real_dtype(p.dtype)
+    stored = Stored(
+        jnp.zeros_like(p, dtype=_stored_dtype(p, mu_dtype)),
+        jnp.zeros((1,), dtype),
+        jnp.zeros((1,), dtype),
+    )
+    if not _is_quantized(p, mu_dtype):
+        return stored
+    like = jax.eval_shape(lambda p: store(p.astype(dtype), stored, axes, mu_dtype), p)
+    return Stored(*(jnp.zeros(x.shape, x.dtype, device=x.sharding) for x in like))
 
 
-def check(path: KeyPath, mu: jax.Array, like: jax.Array, mu_dtype: str) -> None:
-    """Raises unless ``init`` makes such momentum for a leaf ``like`` the update."""
-    dtype = _stored_dtype(like.dtype, mu_dtype)
-    if mu.dtype != dtype:
-        raise TypeError(
-            f"mu of leaf {path_name(path)!r} has dtype {mu.dtype}; for {like.dtype} "
-            f"updates and mu_dtype={mu_dtype!r} it must be {jnp.dtype(dtype)} (was the "
-            "state made with another mu_dtype, or cast when saved or restored?)"
-        )
-    if mu.shape != like.shape:
-        raise ValueError(
-            f"mu of leaf {path_name(path)!r} has shape {mu.shape}, the updates have "
-            f"shape {like.shape}"
-        )
+def check(
+    path: KeyPath, stored: Stored, like: jax.Array, axes: FactoredAxes, mu_dtype: str
+) -> None:
+    """Raises unless ``init`` stores such momentum for a leaf ``like`` the update."""
+    dtype = real_dtype(like.dtype)
+    expected: list[tuple[Shape, Any]] = [
+        (like.shape, _stored_dtype(like, mu_dtype)),
+        ((1,), dtype),
+        ((1,), dtype),
+    ]
+    if _is_quantized(like, mu_dtype):
+        if mu_dtype == "int4":
+            expected[0] = (quantization.packed_shape(like.shape), jnp.uint8)
+        for i, reduced in enumerate(quantization.reductions(axes, like.ndim), 1):
+            if reduced is not None:
+                kept = [n for axis, n in enumerate(like.shape) if axis not in reduced]
+                expected[i] = (tuple(kept), dtype)
+    for name, x, (shape, dtype) in zip(stored._fields, stored, expected, strict=True):
+        if x.dtype != dtype:
+            raise TypeError(
+                f"{name} of leaf {path_name(path)!r} has dtype {x.dtype}; for "
+                f"{like.dtype} updates and mu_dtype={mu_dtype!r} it must be "
+                f"{jnp.dtype(dtype)} (was the state made with another mu_dtype, or "
+                "cast when saved or restored?)"
+            )
+        if x.shape != shape:
+            raise ValueError(
+                f"{name} of leaf {path_name(path)!r} has shape {x.shape}; for updates "
+                f"of shape {like.shape} it must be {shape}"
+            )
 
 
-def load(mu: jax.Array, like: jax.Array) -> jax.Array:
+def load(
+    stored: Stored, like: jax.Array, axes: FactoredAxes, mu_dtype: str
+) -> jax.Array:
     """Returns stored momentum in the dtype of the step's arithmetic."""
-    return mu.astype(like.dtype)
+    if not _is_quantized(like, mu_dtype):
+        return stored.mu.astype(like.dtype)
+    codes = stored.mu
+    if mu_dtype == "int4":
+        codes = quantization.unpack(codes, like)
+    reduced = quantization.reductions(axes, like.ndim)
+    scale = quantization.scale_of(stored.mu_row, stored.mu_col, *reduced)
+    return quantization.decode(codes, _BITS[mu_dtype], like.dtype) * scale
 
 
-def store(m: jax.Array, mu: jax.Array) -> jax.Array:
-    """Returns momentum as it is stored in ``mu``."""
-    return m.astype(mu.dtype)
+def store(m: jax.Array, stored: Stored, axes: FactoredAxes, mu_dtype: str) -> Stored:
+    """Returns ``stored`` with momentum ``m`` in its place."""
+    if not _is_quantized(m, mu_dtype):
+        return stored._replace(mu=m.astype(_stored_dtype(m, mu_dtype)))
+    row_max, col_max = quantization.reductions(axes, m.ndim)
+    row, col = jnp.max(jnp.abs(m), row_max), stored.mu_col
+    if col_max is not None:
+        col = jnp.max(jnp.abs(m), col_max)
+    scale = quantization.scale_of(row, col, row_max, col_max)
+    codes = quantization.encode(m / jnp.where(scale == 0, 1, scale), _BITS[mu_dtype])
+    if mu_dtype == "int4":
+        codes = quantization.pack(codes)
+    return Stored(codes, row, col)
 
 
-def _stored_dtype(dtype: Any, mu_dtype: str) -> Any:
-    """Returns what momentum of a leaf of ``dtype`` is stored as."""
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        return jax.dtypes.canonicalize_dtype(dtype)
-    return jnp.bfloat16 if mu_dtype == "bfloat16" else real_dtype(dtype)
+def _is_quantized(x: Any, mu_dtype: str) -> bool:
+    is_complex = jnp.issubdtype(x.dtype, jnp.complexfloating)
+    large = math.prod(x.shape) >= _MIN_QUANTIZED_SIZE
+    return mu_dtype in _BITS and large and not is_complex
+
+
+def _stored_dtype(x: Any, mu_dtype: str) -> Any:
+    """Returns the dtype of a leaf's stored momentum, before 4 bits are packed."""
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        return jax.dtypes.canonicalize_dtype(x.dtype)
+    if _is_quantized(x, mu_dtype):
+        return jnp.int8
+    return jnp.bfloat16 if mu_dtype == "bfloat16" else real_dtype(x.dtype)

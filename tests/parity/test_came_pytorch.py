@@ -292,7 +292,7 @@ MUTATIONS = [
         "old momentum in the residual",
         "_confidence",
         "residual = x - m",
-        "residual = x - momentum.load(mu, x)",
+        "residual = x - old_m",
         CONFIDENCE_ON,
     ),
     (

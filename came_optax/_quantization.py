@@ -1,0 +1,127 @@
+"""Rounding of arrays to 8 or 4 bits.
+
+A matrix is divided by the smaller of its row's and its column's largest magnitude.
+That is one scale per element for the price of a factored statistic: finer than blocks
+of 64, no padding where no block divides an axis, and a sharding that follows from the
+array's as the statistics' does.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from came_optax._checks import Shape
+from came_optax._factoring import FactoredAxes
+
+Axes = tuple[int, ...]
+
+_TOP = {8: 127, 4: 7}  # The largest code of so many bits; the smallest is its negative.
+
+
+def reductions(axes: FactoredAxes, ndim: int) -> tuple[Axes, Axes | None]:
+    """Returns the axes that the row and column scales are maxima over.
+
+    Leaves that aren't factored are read as matrices of their last two axes. None
+    stands for the column scale that a vector doesn't have.
+    """
+    if axes.factored:
+        return axes.col, axes.row
+    free = tuple(axis for axis in range(ndim) if axis not in axes.stack)
+    return free[-1:], free[-2:-1] or None
+
+
+def scale_of(
+    row: jax.Array, col: jax.Array, row_max: Axes, col_max: Axes | None
+) -> jax.Array:
+    """Returns the smaller of the row's and the column's scale for each element."""
+    scale = jnp.expand_dims(row, row_max)
+    if col_max is None:
+        return scale
+    return jnp.minimum(scale, jnp.expand_dims(col, col_max))
+
+
+def encode(x: jax.Array, bits: int) -> jax.Array:
+    """Returns int8 codes of ``bits`` bits for numbers between −1 and 1."""
+    y = jnp.sign(x) * (jnp.sqrt(1 + 8 * jnp.abs(x)) - 1) / 2
+    return jnp.round(_TOP[bits] * y).astype(jnp.int8)
+
+
+def decode(codes: jax.Array, bits: int, dtype: Any) -> jax.Array:
+    """Returns approximately what :func:`encode` was given.
+
+    Codes lie three times as close around 0, where most momentum is, as at ±1.
+    """
+    y = codes.astype(dtype) / _TOP[bits]
+    return y * (1 + jnp.abs(y)) / 2
+
+
+def pack(codes: jax.Array) -> jax.Array:
+    """Returns 4-bit codes two to a byte, neighbours along :func:`packed_axis`."""
+    axis = packed_axis(codes.shape)
+    codes = _divisible(codes, axis)
+    padding = [(0, int(i == axis) * (n % 2)) for i, n in enumerate(codes.shape)]
+    shape = packed_shape(codes.shape)
+    pairs = jnp.pad(codes, padding).reshape(*shape[: axis + 1], 2, *shape[axis + 1 :])
+    low, high = (
+        jax.lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in (0, 1)
+    )
+    return ((low & 15) | (high << 4)).astype(jnp.uint8)
+
+
+def unpack(packed: jax.Array, like: jax.Array) -> jax.Array:
+    """Returns codes that were packed, shaped and sharded as ``like``.
+
+    Both halves of a byte come from one broadcast and a shift, which compilers fuse with
+    what follows; they would write a concatenation to memory.
+    """
+    shape, axis = like.shape, packed_axis(like.shape)
+    pairs = jnp.expand_dims(packed.view(jnp.int8), axis + 1)
+    to_pairs = [1] * axis + [1, 2] + [1] * (len(shape) - axis - 1)
+    left_shifts = jnp.array([4, 0], jnp.int8).reshape(to_pairs)
+    codes = (pairs << left_shifts) >> 4  # An arithmetic shift keeps the sign.
+    codes = codes.reshape(*shape[:axis], 2 * packed.shape[axis], *shape[axis + 1 :])
+    codes = jax.lax.slice_in_dim(codes, 0, shape[axis], axis=axis)
+    sharding = jax.typeof(like).sharding
+    if jax.typeof(codes).sharding != sharding:  # It was not `_divisible`.
+        codes = jax.sharding.reshard(codes, sharding)
+    return codes
+
+
+def packed_shape(shape: Shape) -> Shape:
+    """Returns the shape that :func:`pack` gives to codes of ``shape``."""
+    axis = packed_axis(shape)
+    return (*shape[:axis], -(-shape[axis] // 2), *shape[axis + 1 :])
+
+
+def packed_axis(shape: Shape) -> int:
+    """Returns the axis along which 4-bit codes of an array are packed.
+
+    Preferably the last but one, which keeps whole vector registers together, and one
+    of even size. Depends on nothing else, as states must not depend on a mesh.
+    """
+    last = len(shape) - 1
+    order = [*range(last - 1, -1, -1), last]
+    even: list[int] = [axis for axis in order if shape[axis] % 2 == 0]
+    return (even or order)[0]
+
+
+def _divisible(x: jax.Array, axis: int) -> jax.Array:
+    """Returns ``x`` such that pairs along ``axis`` lie on one device each.
+
+    Only explicit meshes must be told; there, an axis of which half doesn't divide among
+    the devices is replicated.
+    """
+    sharding = jax.typeof(x).sharding
+    names = sharding.spec[axis] or ()
+    names = names if isinstance(names, tuple) else (names,)
+    devices = math.prod(sharding.mesh.shape[name] for name in names)
+    if packed_shape(x.shape)[axis] % devices == 0:
+        return x
+    entries = list(sharding.spec)
+    entries[axis] = None
+    spec = PartitionSpec(*entries)
+    moved: jax.Array = jax.sharding.reshard(x, NamedSharding(sharding.mesh, spec))
+    return moved
