@@ -1,0 +1,20 @@
+"""Change the learning rate of a running optimizer, without recompiling."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from came_optax import came
+
+params = {"kernel": jnp.ones((16, 8))}
+grads = {"kernel": jnp.ones((16, 8))}
+tx = optax.inject_hyperparams(came)(learning_rate=1e-2, bias_correction=True)
+state = tx.init(params)
+update = jax.jit(tx.update)
+
+before, state = update(grads, state, params)
+state.hyperparams["learning_rate"] = jnp.asarray(1e-3, jnp.float32)
+after, state = update(grads, state, params)
+print(before["kernel"][0, 0], after["kernel"][0, 0])
+assert update._cache_size() == 1
+assert jnp.abs(after["kernel"]).max() < jnp.abs(before["kernel"]).max() / 5

@@ -1,0 +1,26 @@
+"""AdamW for embeddings and vectors, CAME for the matrices."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from came_optax import came
+
+params = {
+    "embedding": jnp.ones((100, 16)),
+    "dense": {"kernel": jnp.ones((16, 16)), "bias": jnp.ones(16)},
+}
+
+
+def label(path, leaf):
+    return "came" if leaf.ndim == 2 and path[0].key != "embedding" else "adamw"
+
+
+tx = optax.partition(
+    {"came": came(1e-3, bias_correction=True), "adamw": optax.adamw(1e-3)},
+    lambda params: jax.tree.map_with_path(label, params),
+)
+state = tx.init(params)
+updates, state = jax.jit(tx.update)(params, state, params)
+params = optax.apply_updates(params, updates)
+assert jax.tree.structure(updates) == jax.tree.structure(params)
