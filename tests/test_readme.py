@@ -72,6 +72,8 @@ def test_code_trains(code):
         ("`optax.adafactor`, no momentum", optax.adafactor(1e-3)),
         ("`came`", came(1e-3)),
         ('`came(mu_dtype="bfloat16")`', came(1e-3, mu_dtype="bfloat16")),
+        ('`came(mu_dtype="int8")`', came(1e-3, mu_dtype="int8")),
+        ('`came(mu_dtype="int4")`', came(1e-3, mu_dtype="int4")),
     ],
 )
 def test_state_table(row, optimizer):
@@ -82,7 +84,7 @@ def test_state_table(row, optimizer):
         math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
     )
     assert f"({count:,} parameters, float32)" in README
-    assert f"| {row} | {size:,} | {size / count:.2f} |" in README
+    assert f"| {row} | {size / 1e6:.1f} MB | {size / count:.2f} |" in README
 
 
 @pytest.mark.parametrize("target", re.findall(r"\]\((?!https?:)([^)]+)\)", README))
