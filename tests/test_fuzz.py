@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from came_optax import BalancedSplit, FactoredAxes, LargestTwoAxes, LastTwoAxes, came
 
 SHAPES = [(), (1,), (5,), (0,), (3, 2), (1, 1), (0, 4), (2, 3, 2), (2, 1, 3, 2)]
-SHAPES += [(2, 2, 1, 3, 2)]
+SHAPES += [(2, 2, 1, 3, 2), (64, 64)]  # the last is large enough to be quantized
 DTYPES = ["float16", "bfloat16", "float32", "complex64"]
 
 
@@ -87,7 +87,7 @@ options = st.fixed_dictionaries(
     optional={
         "bias_correction": st.booleans(),
         "clipping_threshold": st.none(),
-        "mu_dtype": st.just("bfloat16"),
+        "mu_dtype": st.sampled_from(["bfloat16", "int8", "int4"]),
         "update_clipping_threshold": st.just(1.0),
         "weight_decay": st.just(0.1),
     },

@@ -1,0 +1,123 @@
+"""State that is saved and restored continues as if it had never been, or is refused."""
+
+import pathlib
+import runpy
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+from came_optax import BalancedSplit, came
+
+FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+OLD = sorted((FIXTURES / "checkpoints").iterdir())
+WRITER = runpy.run_path(str(FIXTURES / "write_checkpoint.py"))
+
+OPTIMIZERS: dict[str, optax.GradientTransformationExtraArgs] = {
+    "published": came(1e-2),
+    "options": came(
+        optax.linear_schedule(1e-2, 1e-3, 10),
+        weight_decay=0.1,
+        weight_decay_mask={"kernel": True, "bias": False, "none": None},
+        factoring=BalancedSplit(),
+        mu_dtype="bfloat16",
+        bias_correction=True,
+    ),
+    "injected": optax.inject_hyperparams(came)(1e-2),
+    "guarded": optax.apply_if_finite(came(1e-2), max_consecutive_errors=3),
+}
+PARAMS = {
+    "kernel": jax.random.normal(jax.random.key(0), (2, 4, 3)),
+    "bias": jnp.linspace(-1.0, 1.0, 3),
+    "none": None,
+}
+
+
+def orbax_round_trip(state: Any, target: Any, folder: pathlib.Path) -> Any:
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "state", state)
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(folder / "state", target)
+
+
+def flax_round_trip(state: Any, target: Any, folder: pathlib.Path) -> Any:
+    (folder / "state").write_bytes(flax.serialization.to_bytes(state))
+    return flax.serialization.from_bytes(target, (folder / "state").read_bytes())
+
+
+def trained(tx: optax.GradientTransformationExtraArgs) -> Any:
+    """Returns a state after two steps."""
+    update, state = jax.jit(tx.update), tx.init(PARAMS)
+    for _ in range(2):
+        _, state = update(PARAMS, state, PARAMS)
+    return state
+
+
+def rounded(state: Any) -> Any:
+    """Returns the state as a tool that casts every float to bfloat16 leaves it."""
+    return jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, state
+    )
+
+
+@pytest.mark.parametrize("round_trip", [orbax_round_trip, flax_round_trip])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_next_step_is_identical(
+    name: str, round_trip: Callable[..., Any], tmp_path: pathlib.Path
+) -> None:
+    tx = OPTIMIZERS[name]
+    state = trained(tx)
+    restored = round_trip(state, tx.init(PARAMS), tmp_path)
+    chex.assert_trees_all_equal(restored, state, strict=True)
+    update = jax.jit(tx.update)
+    chex.assert_trees_all_equal(
+        update(PARAMS, restored, PARAMS), update(PARAMS, state, PARAMS), strict=True
+    )
+
+
+def test_a_state_restored_without_its_types_is_refused(tmp_path: pathlib.Path) -> None:
+    tx = came(1e-2)
+    restored = orbax_round_trip(trained(tx), None, tmp_path)
+    with pytest.raises(TypeError, match="must be a tuple as made by init, got a list"):
+        tx.update(PARAMS, restored, PARAMS)
+
+
+def test_a_state_cast_to_bfloat16_is_refused(tmp_path: pathlib.Path) -> None:
+    tx = came(1e-2)
+    restored = flax_round_trip(rounded(trained(tx)), tx.init(PARAMS), tmp_path)
+    with pytest.raises(TypeError, match=r"dtype bfloat16.*was the state cast"):
+        tx.update(PARAMS, restored, PARAMS)
+
+
+def test_orbax_restores_such_a_state_to_float32(tmp_path: pathlib.Path) -> None:
+    tx = came(1e-2)
+    state = trained(tx)
+    restored = orbax_round_trip(rounded(state), tx.init(PARAMS), tmp_path)
+    update = jax.jit(tx.update)
+    updates, _ = update(PARAMS, restored, PARAMS)
+    expected, _ = update(PARAMS, state, PARAMS)
+    chex.assert_trees_all_close(updates, expected, rtol=2e-2)  # of bfloat16
+
+
+@pytest.mark.parametrize("path", OLD, ids=lambda path: path.name)
+def test_old_checkpoints_continue(path: pathlib.Path) -> None:
+    cases = {
+        name: (tx, WRITER["make_params"](shapes))
+        for name, (tx, shapes) in WRITER["CASES"].items()
+    }
+    target = {
+        name: {"state": tx.init(params), "updates": params}
+        for name, (tx, params) in cases.items()
+    }
+    with ocp.StandardCheckpointer() as checkpointer:
+        old = checkpointer.restore(path, target)
+    for name, (tx, params) in cases.items():
+        grads = WRITER["make_grads"](params, 3)
+        updates, _ = jax.jit(tx.update)(grads, old[name]["state"], params)
+        chex.assert_trees_all_close(updates, old[name]["updates"], rtol=1e-4, atol=1e-7)
