@@ -175,7 +175,11 @@ LONGER = PARAMS | {"bias": jnp.ones(3)}
             TRANSPOSED,
             r"'kernel' has shape \(2, 3\) in the params and \(3, 2\) in the updates",
         ),
-        (list(PARAMS.values()), PARAMS, "'bias' is in the params but not in the updates"),
+        (
+            list(PARAMS.values()),
+            PARAMS,
+            "'bias' is in the params but not in the updates",
+        ),
     ],
 )
 def test_updates_against_params(updates: Any, params: Any, message: str) -> None:
