@@ -55,6 +55,13 @@ def make_init(
     return jax.jit(init, out_shardings=state_shardings(task, tx, mesh))
 
 
+def state_shapes(
+    task: Task, tx: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Returns shapes, dtypes and shardings of a training state."""
+    return make_init(task, tx, 0, mesh).eval_shape()
+
+
 def make_train_step(
     task: Task,
     tx: optax.GradientTransformation,

@@ -1,0 +1,139 @@
+"""Training steps compiled for chips that aren't there, and what they take there."""
+
+import collections
+import dataclasses
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from pretraining import devices
+from pretraining.collectives import Collective, collectives
+from pretraining.step import make_train_step, state_shapes
+from pretraining.task import Task
+from pretraining.topologies import GIB, Target
+
+OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a compiled training step takes on each chip.
+
+    Attributes:
+        parameters: Their number, in the whole model.
+        memory: Bytes by kind. If it does not fit, the compiler gives only a total.
+        total: Bytes in all.
+        available: Bytes that a chip has.
+        collectives: What the chips send each other in one step.
+        seconds: Time to compile.
+    """
+
+    parameters: int
+    memory: Mapping[str, int]
+    total: int
+    available: int
+    collectives: Sequence[Collective]
+    seconds: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether the memory of the chips suffices."""
+        return self.total <= self.available
+
+    def __str__(self) -> str:
+        """Returns a table."""
+        lines = [f"{'memory per chip':<28}      GiB"]
+        lines += [f"  {k:<26} {v / GIB:>8.3f}" for k, v in self.memory.items()]
+        lines += [f"  {'total':<26} {self.total / GIB:>8.3f}"]
+        lines += [f"  {'available':<26} {self.available / GIB:>8.3f}"]
+        if not self.fits:
+            excess = (self.total - self.available) / GIB
+            return "\n".join([*lines, f"\nOut of memory, by {excess:.2f} GiB per chip"])
+        groups = collections.defaultdict(list)
+        for collective in self.collectives:
+            groups[collective.kind].append(collective)
+        lines += ["", f"{'collectives per step':<28}    times       MiB per chip"]
+        for kind, group in sorted(groups.items()):
+            times = sum(c.times for c in group)
+            size = sum(c.bytes for c in group) / 2**20
+            lines.append(f"  {kind:<26} {times:>8,} {size:>18,.2f}")
+        if not groups:
+            lines.append("  none")
+        return "\n".join([*lines, "", f"compiled in {self.seconds:.0f} s"])
+
+
+def compile_train_step(
+    task: Task,
+    tx: optax.GradientTransformation,
+    record: Mapping[str, jax.ShapeDtypeStruct],
+    target: Target,
+    mesh: Mesh,
+    *,
+    batch_size: int,
+    accumulate: int = 1,
+) -> Report:
+    """Compiles the training step that `Trainer` would run.
+
+    Args:
+        task: The model and its loss; no data is looked at.
+        tx: The optimizer.
+        record: Shapes of what the batch has for each sequence.
+        target: The chips.
+        mesh: The mesh over them.
+        batch_size: Sequences per update.
+        accumulate: Parts that they are computed in.
+    """
+    state = state_shapes(task, tx, mesh)
+    sharding = NamedSharding(mesh, devices.BATCH)
+    batch = {
+        name: jax.ShapeDtypeStruct((batch_size, *x.shape), x.dtype, sharding=sharding)
+        for name, x in record.items()
+    }
+    step = make_train_step(task, tx, accumulate, 0, mesh)
+    parameters = sum(p.size for p in jax.tree.leaves(state.params))
+    parts = {
+        "parameters": _bytes_per_chip(state.params),
+        "optimizer state": _bytes_per_chip(state.opt_state),
+    }
+    began = time.perf_counter()
+    try:
+        compiled = step.lower(state, batch).compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = OUT_OF_MEMORY.search(str(error))
+        if found is None:
+            raise
+        used, available = (int(float(found[i]) * UNITS[found[i + 1]]) for i in (1, 3))
+        seconds = time.perf_counter() - began
+        return Report(parameters, parts, used, available, (), seconds)
+    seconds = time.perf_counter() - began
+    sizes = compiled.memory_analysis()
+    # Inputs and outputs share their buffers, as the state is donated.
+    others = {
+        "batch, padding": sizes.argument_size_in_bytes - sum(parts.values()),
+        "outputs": sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+        "temporaries": sizes.temp_size_in_bytes,
+        "program": sizes.generated_code_size_in_bytes,
+    }
+    memory = parts | others
+    return Report(
+        parameters,
+        memory,
+        sum(memory.values()),
+        target.hbm,
+        collectives(compiled.as_text()),
+        seconds,
+    )
+
+
+def _bytes_per_chip(tree: Any) -> int:
+    return sum(
+        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    )
