@@ -14,6 +14,7 @@ extensions = [
     "sphinx.ext.napoleon",
 ]
 exclude_patterns = ["_build"]
+myst_enable_extensions = ["dollarmath"]
 nb_execution_mode = "off"
 
 autodoc_member_order = "bysource"

@@ -1,0 +1,76 @@
+"""Draws docs/figures/dynamics.svg: how far CAME steps, in learning rates.
+
+    python docs/figures/dynamics.py
+"""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+
+from came_optax import scale_by_came
+
+STEPS = 3000
+SHAPE = (64, 64)
+# Grey text and no background: reads on a light page and on a dark one.
+STYLE = {
+    "axes.edgecolor": "0.5",
+    "axes.labelcolor": "0.5",
+    "text.color": "0.5",
+    "xtick.color": "0.5",
+    "ytick.color": "0.5",
+    "svg.hashsalt": "came-optax",
+}
+OPTIMIZERS = {
+    "published": (scale_by_came(), "-"),
+    "bias_correction": (scale_by_came(bias_correction=True), "--"),
+    "update_clipping_threshold=1": (scale_by_came(update_clipping_threshold=1.0), ":"),
+    "Adam": (optax.scale_by_adam(), "-."),
+}
+
+
+def noise(step):
+    return jax.random.normal(jax.random.fold_in(jax.random.key(0), step), SHAPE)
+
+
+def constant(step):
+    del step
+    return jax.random.normal(jax.random.key(0), SHAPE)
+
+
+def update_rms(tx, gradient):
+    """Returns RMS(Δ) at each step."""
+
+    def step(state, index):
+        update, state = tx.update(gradient(index), state)
+        return state, jnp.sqrt(jnp.mean(update**2))
+
+    state = tx.init(jnp.zeros(SHAPE))
+    return jax.lax.scan(step, state, jnp.arange(STEPS))[1]
+
+
+def main():
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    steps = np.unique(np.geomspace(1, STEPS, 150).round().astype(int))
+    for panel, gradient in zip(panels, (noise, constant), strict=True):
+        for label, (tx, line) in OPTIMIZERS.items():
+            rms = jax.jit(update_rms, static_argnums=(0, 1))(tx, gradient)
+            panel.loglog(steps, rms[steps - 1], line, label=label)
+        panel.set_title(f"{gradient.__name__} gradients")
+        panel.set_xlabel("step")
+        panel.set_ylabel("RMS of the update / learning rate")
+    lines, labels = panels[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=4, frameon=False)
+    path = pathlib.Path(__file__).with_suffix(".svg")
+    figure.savefig(path, transparent=True, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    with matplotlib.rc_context(STYLE):
+        main()
