@@ -16,21 +16,29 @@ from pathlib import Path
 
 from pretraining import cli, corpus
 from pretraining.comparison import runs, search
+from pretraining.comparison.figures import draw
 from pretraining.comparison.methods import COMPARISON, METHODS, STUDY
+from pretraining.comparison.summary import summarize
+from pretraining.comparison.table import make_table
 from pretraining.comparison.trainer import Settings, Trainer
 from pretraining.errors import UserError
 from pretraining.files import write_atomically
 from pretraining.options import option, positive_int
 from pretraining.task import Task
 
-GROUPS = {"comparison": COMPARISON, "study": STUDY}
+LOG_EVERY = 10
+# What has a table and plots of its own. Those of the study begin with what it varies.
+GROUPS = {
+    "comparison": COMPARISON,
+    "study": ("adamw", "came", "came-bc", "came-bc-clip-1", *STUDY),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class CompareOptions:
     """Options for the comparison."""
 
-    task: str = option("gpt2", "to train on", choices=("gpt2", "bert"))
+    task: str = option("gpt2", "to train on", choices=("gpt2", "bert", "t5"))
     size: str = option("nano", "of the model")
     methods: Sequence[str] | None = option(
         None,
@@ -39,11 +47,11 @@ class CompareOptions:
         choices=METHODS,
         metavar="METHOD",
     )
-    steps: int = option(500, "updates of a run", type=positive_int)
-    batch_size: int = option(16, "sequences per update", type=positive_int)
+    steps: int = option(600, "updates of a run", type=positive_int)
+    batch_size: int = option(8, "sequences per update", type=positive_int)
     seeds: int = option(3, "at each best learning rate", type=positive_int)
     eval_batches: int = option(
-        32, "held-out batches to evaluate on, always the same", type=positive_int
+        48, "held-out batches to evaluate on, always the same", type=positive_int
     )
     output: str | None = option(
         None,
@@ -55,21 +63,35 @@ class CompareOptions:
 def main() -> None:
     options, text = cli.parse_without_run(__doc__, [CompareOptions, corpus.TextOptions])
     folder = Path(options.output or f"runs/compare-{options.task}-{options.size}")
+    if options.steps % LOG_EVERY:
+        raise UserError(f"--steps {options.steps}: must be a multiple of {LOG_EVERY}")
     settings = Settings(
         options.steps,
         options.batch_size,
-        eval_every=max(1, options.steps // 10),
+        evaluations=10,
         eval_batches=options.eval_batches,
+        log_every=LOG_EVERY,
     )
-    check_settings(folder, options, settings)
     task = make_task(options, text)
+    check_settings(folder, task, settings)
     for name in options.methods or METHODS:
         compare(task, name, settings, options.seeds, folder)
+    report(task, folder)
 
 
 def make_task(options: CompareOptions, text: corpus.TextOptions) -> Task:
-    """Returns the task that the example of that name trains on."""
+    """Returns the task that the example of that name trains on.
+
+    Raises:
+        UserError: The task's model has no such size.
+    """
     example = importlib.import_module(f"pretrain_{options.task}")
+    (size,) = [f for f in dataclasses.fields(example.ModelOptions) if f.name == "size"]
+    if options.size not in size.metadata["choices"]:
+        raise UserError(
+            f"--size {options.size}: {options.task} has "
+            f"{', '.join(size.metadata['choices'])}"
+        )
     return example.make_task(example.ModelOptions(size=options.size), text)
 
 
@@ -78,7 +100,7 @@ def compare(
 ) -> None:
     """Does the runs of one method that are not done yet."""
     method, trainer = METHODS[name], None
-    first = search.nearest_index(method.options.learning_rate)
+    first = search.index_of(method.options.learning_rate)
 
     def loss(index: int, seed: int) -> float:
         nonlocal trainer
@@ -107,15 +129,27 @@ def compare(
         write_atomically(cost, json.dumps(trainer.measure_cost()) + "\n")
 
 
-def check_settings(folder: Path, options: CompareOptions, settings: Settings) -> None:
+def report(task: Task, folder: Path) -> None:
+    """Writes tables and plots of the methods whose runs are all done."""
+    everything = [summarize(folder, name) for name in METHODS]
+    known = [summary for summary in everything if summary is not None]
+    for group, names in GROUPS.items():
+        members = [summary for summary in known if summary.name in names]
+        if members:
+            table = make_table(members, known)
+            write_atomically(folder / f"{group}.md", table)
+            draw(folder / f"{group}.png", task.name, members)
+            print(f"\n{table}")
+
+
+def check_settings(folder: Path, task: Task, settings: Settings) -> None:
     """Writes down what the runs have in common.
 
     Raises:
         UserError: The folder holds runs with other settings.
     """
     path = folder / "settings.json"
-    common = {"task": options.task, "size": options.size}
-    common |= dataclasses.asdict(settings)
+    common = {"task": task.name} | dict(task.options) | dataclasses.asdict(settings)
     folder.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         write_atomically(path, json.dumps(common) + "\n")

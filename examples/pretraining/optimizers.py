@@ -57,6 +57,9 @@ class OptimizerOptions:
     b3: float | None = option(
         None, "came: decay rate of the instability", type=decay_rate
     )
+    eps2: float | None = option(
+        None, "came: added to the instability", type=positive_float
+    )
     mu_dtype: str = option(
         "float32", "came: stores the momentum in this", metavar="DTYPE"
     )
@@ -107,7 +110,7 @@ def decay_mask(params: Any) -> Any:
 def _came(options: OptimizerOptions, schedule: optax.Schedule) -> Any:
     return came_optax.came(
         schedule,
-        **_given(b1=options.b1, b2=options.b2, b3=options.b3),
+        **_given(b1=options.b1, b2=options.b2, b3=options.b3, eps2=options.eps2),
         weight_decay=options.weight_decay,
         weight_decay_mask=decay_mask,
         factoring=FACTORING[options.factoring],

@@ -39,40 +39,55 @@ def _came(
 
 
 COMPARISON = {
-    "adamw": _method("AdamW", "adamw", 1e-2),
-    "adafactor": _method("Adafactor", "adafactor", 1e-2),
+    "adamw": _method("AdamW", "adamw", 3e-3),
+    "adafactor": _method("Adafactor", "adafactor", 3e-3),
     "came": _came("CAME"),
     "came-bc": _came("CAME, bias-corrected", 3e-3, bias_correction=True),
     "came-bc-clip-1": _came(
         "CAME, bias-corrected, update clip 1",
-        1e-2,
+        3e-3,
         bias_correction=True,
         update_clipping_threshold=1.0,
     ),
-    "adamw-b2-0.999": _method("AdamW, β2 0.999", "adamw", 1e-2, b2=0.999),
-    "adafactor-b1-0": _method("Adafactor, no momentum", "adafactor", 1e-2, b1=0.0),
-    "lion": _method("Lion", "lion", 1e-3),
+    "adamw-b2-0.999": _method("AdamW, β2 0.999", "adamw", 3e-3, b2=0.999),
+    "adafactor-b1-0": _method("Adafactor, no momentum", "adafactor", 3e-3, b1=0.0),
+    "lion": _method("Lion", "lion", 3e-4),
     "muon": _method("Muon", "muon", 1e-2),
 }
 
 STUDY = {
+    "came-bc-b2-0.95-eps2-0.1-clip-1": _came(
+        "CAME, bias-corrected, β2 0.95, ε2 0.1, update clip 1",
+        3e-3,
+        bias_correction=True,
+        b2=0.95,
+        eps2=0.1,
+        update_clipping_threshold=1.0,
+    ),
+    "came-bc-b2-0.95-clip-1": _came(
+        "CAME, bias-corrected, β2 0.95, update clip 1",
+        3e-3,
+        bias_correction=True,
+        b2=0.95,
+        update_clipping_threshold=1.0,
+    ),
     "came-clip-1": _came("CAME, update clip 1", 3e-3, update_clipping_threshold=1.0),
-    "came-warmup-0": _came("CAME, no warmup", warmup=0.0),
-    "came-warmup-2": _came("CAME, warmup 2 %", warmup=0.02),
-    "came-b3-0.999": _came("CAME, β3 0.999", b3=0.999),
     "came-b2-0.95-b3-0.995": _came("CAME, β2 0.95, β3 0.995", b2=0.95, b3=0.995),
     "came-bc-b2-0.95-b3-0.995": _came(
         "CAME, bias-corrected, β2 0.95, β3 0.995",
-        1e-2,
+        3e-3,
         bias_correction=True,
         b2=0.95,
         b3=0.995,
     ),
+    "came-warmup-0": _came("CAME, no warmup", warmup=0.0),
+    "came-warmup-2": _came("CAME, warmup 2 %", warmup=0.02),
+    "came-b3-0.999": _came("CAME, β3 0.999", b3=0.999),
+    "came-b3-0.9995": _came("CAME, β3 0.9995", b3=0.9995),
     "came-clip-0.5": _came(
         "CAME, update clip 0.5", 3e-3, update_clipping_threshold=0.5
     ),
     "came-clip-2": _came("CAME, update clip 2", 3e-3, update_clipping_threshold=2.0),
-    "came-b3-0.9995": _came("CAME, β3 0.9995", b3=0.9995),
 }
 
 METHODS = COMPARISON | STUDY

@@ -19,9 +19,9 @@ def learning_rate(index: int) -> float:
     return float(f"{10 ** (index / 4):.2e}")
 
 
-def nearest_index(learning_rate: float) -> int:
-    """Returns the index of the nearest learning rate, of those √10 apart."""
-    return 2 * round(2 * math.log10(learning_rate))
+def index_of(learning_rate: float) -> int:
+    """Returns the index of the lattice's nearest learning rate."""
+    return round(4 * math.log10(learning_rate))
 
 
 def next_index(losses: Mapping[int, float], first: int) -> int | None:

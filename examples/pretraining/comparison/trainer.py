@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import math
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,12 @@ from pretraining import devices, pipeline
 from pretraining.comparison.methods import Method
 from pretraining.comparison.runs import Run
 from pretraining.optimizers import OptimizerOptions, make_optimizer, make_schedule
-from pretraining.step import TrainState, make_eval_step, make_train_step
+from pretraining.step import (
+    TrainState,
+    make_eval_step,
+    make_train_step,
+    state_shardings,
+)
 from pretraining.summary import state_bytes
 from pretraining.task import Task
 
@@ -27,9 +33,9 @@ class Settings:
 
     steps: int
     batch_size: int
-    eval_every: int
+    evaluations: int
     eval_batches: int
-    log_every: int = 10
+    log_every: int
 
 
 class Trainer:
@@ -60,8 +66,15 @@ class Trainer:
             opt_state = optax.tree.set(tx.init(params), peak=peak)
             return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
 
-        self._init = jax.jit(init, out_shardings=devices.replicated(self.mesh))
-        self._train_step = make_train_step(task, tx, 1, 0, self.mesh)
+        shardings = state_shardings(task, tx, self.mesh)
+        self._init = jax.jit(init, out_shardings=shardings)
+        train_step = make_train_step(task, tx, 1, 0, self.mesh)
+        # Many steps a call: a nano model's step is too short to be dispatched singly.
+        self._train_steps = jax.jit(
+            lambda state, batches: jax.lax.scan(train_step, state, batches),
+            donate_argnums=0,
+            out_shardings=(shardings, devices.replicated(self.mesh)),
+        )
         self._eval_step = make_eval_step(task, self.mesh)
 
     def run(self, learning_rate: float, seed: int, about: dict[str, Any]) -> Run:
@@ -80,30 +93,27 @@ class Trainer:
             "warmup": self.options.warmup,
         }
         rows: list[dict[str, Any]] = []
-        losses: list[jax.Array] = []
         batches = pipeline.train_batches(self.task, settings.batch_size, seed)
         state = self._init(jnp.int32(seed), jnp.float32(learning_rate))
-        diverged = False
-        for step in range(1, settings.steps + 1):
-            batch = devices.put_batch(next(batches), self.mesh)
-            state, metrics = self._train_step(state, batch)
-            losses.append(metrics["loss"])
-            if step % settings.log_every == 0:
-                loss = float(np.mean(jax.device_get(losses)))
-                losses.clear()
-                diverged = not math.isfinite(loss)
-                if diverged:
-                    break
-                rows.append({"step": step, "loss": round(loss, 4)})
-            if step % settings.eval_every == 0 or step == settings.steps:
+        evaluated, diverged = 0, False
+        for step in range(settings.log_every, settings.steps + 1, settings.log_every):
+            state, metrics = self._train_steps(state, self._stack(batches))
+            loss = float(jnp.mean(metrics["loss"]))
+            if not math.isfinite(loss):
+                diverged = True
+                break
+            rows.append({"step": step, "loss": round(loss, 4)})
+            if step * settings.evaluations // settings.steps > evaluated:
+                evaluated += 1
                 means = self._evaluate(state.params).items()
                 values = {f"validation_{k}": round(v, 5) for k, v in means}
                 rows.append({"step": step} | values)
         end = {"step": step, "seconds": round(time.perf_counter() - began, 1)}
         if diverged:
             end["diverged"] = True
-        largest = float(optax.tree.get(state.opt_state, "largest_update"))
-        end["largest_update"] = round(largest, 4) if math.isfinite(largest) else None
+        else:
+            largest = float(optax.tree.get(state.opt_state, "largest_update"))
+            end["largest_update"] = round(largest, 4)
         return Run(about, [*rows, end])
 
     def measure_cost(self) -> dict[str, float]:
@@ -113,8 +123,9 @@ class Trainer:
         makes them longer.
         """
         state = self._init(jnp.int32(0), jnp.float32(1e-3))
-        batches = pipeline.train_batches(self.task, self.settings.batch_size, 0)
-        batch = devices.put_batch(next(batches), self.mesh)
+        batches = self._stack(
+            pipeline.train_batches(self.task, self.settings.batch_size, 0)
+        )
         schedule = make_schedule(self.options, self.settings.steps)
         tx = make_optimizer(self.options, schedule)
         params = jax.tree.map(jnp.copy, state.params)
@@ -131,8 +142,8 @@ class Trainer:
             jax.block_until_ready(update(grads, opt_state, params))
             update_times.append(time.perf_counter() - began)
             began = time.perf_counter()
-            state, _ = jax.block_until_ready(self._train_step(state, batch))
-            step_times.append(time.perf_counter() - began)
+            state, _ = jax.block_until_ready(self._train_steps(state, batches))
+            step_times.append((time.perf_counter() - began) / self.settings.log_every)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
         return {
             "parameters": parameters,
@@ -140,6 +151,11 @@ class Trainer:
             "step_ms": round(1e3 * min(step_times), 3),
             "update_ms": round(1e3 * min(update_times), 3),
         }
+
+    def _stack(self, batches: Iterator[Any]) -> Any:
+        taken = [next(batches) for _ in range(self.settings.log_every)]
+        stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *taken)
+        return devices.put_batch(stacked, self.mesh, axis=1)
 
     def _evaluate(self, params: Any) -> dict[str, float]:
         sums = collections.defaultdict(lambda: np.zeros(2))

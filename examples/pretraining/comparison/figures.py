@@ -1,0 +1,75 @@
+"""The results as plots that read without colour: markers, line styles and labels."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from pretraining.comparison.summary import Summary
+
+_MARKERS = "osD^v<>PX*hp"
+_LINES = ("-", "--", "-.", ":")
+
+
+def draw(path: Path, title: str, summaries: Sequence[Summary]) -> None:
+    """Draws loss against steps, learning rate and optimizer state, side by side."""
+    figure, axes = plt.subplots(
+        1, 3, figsize=(16, 6), layout="constrained", sharey=True
+    )
+    best = min(summary.finals().mean() for summary in summaries)
+    worst = max(summary.finals().mean() for summary in summaries)
+    range_ = max(worst - best, 0.01 * best)
+    axes[0].set_ylim(best - 0.1 * range_, worst + 1.2 * range_)
+    for index, summary in enumerate(summaries):
+        style = {
+            "color": f"C{index % 10}",
+            "marker": _MARKERS[index % len(_MARKERS)],
+            "linestyle": _LINES[index % len(_LINES)],
+            "label": summary.label,
+            "markersize": 5,
+            "linewidth": 1.2,
+        }
+        axes[0].plot(*summary.mean_curve().T, **style)
+        _plot_learning_rates(axes[1], summary, style)
+        finals = summary.finals()
+        axes[2].errorbar(
+            summary.cost["state_bytes_per_parameter"],
+            finals.mean(),
+            yerr=finals.std(ddof=1) if len(finals) > 1 else None,
+            capsize=3,
+            **style | {"linestyle": "none", "markersize": 8},
+        )
+    axes[0].set(xlabel="step", ylabel="validation loss (nats per token)")
+    axes[0].set_title("at the best learning rate, mean of the seeds", fontsize=10)
+    axes[1].set(xlabel="peak learning rate", xscale="log")
+    axes[1].set_title("after all steps, one seed; ring: best", fontsize=10)
+    axes[2].set(xlabel="optimizer state (bytes per parameter)", xlim=(-0.5, 9))
+    axes[2].set_title("after all steps, mean and spread of the seeds", fontsize=10)
+    figure.suptitle(title)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, handlelength=4)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _plot_learning_rates(axes: Any, summary: Summary, style: dict[str, Any]) -> None:
+    rates = np.asarray(list(summary.losses))
+    losses = np.asarray(
+        [loss if math.isfinite(loss) else math.nan for loss in summary.losses.values()]
+    )
+    axes.plot(rates, losses, **style)
+    best = summary.learning_rate
+    axes.plot(
+        best,
+        summary.losses[best],
+        marker="o",
+        markersize=13,
+        markerfacecolor="none",
+        color=style["color"],
+    )

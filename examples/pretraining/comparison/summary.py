@@ -1,0 +1,109 @@
+"""What a method achieved, from the logs of its runs."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pretraining.comparison import runs, search
+from pretraining.comparison.methods import METHODS
+from pretraining.comparison.runs import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """One method's results.
+
+    Attributes:
+        name: The method's.
+        label: For tables and plots.
+        runs: At the best learning rate, one a seed.
+        losses: Final losses of seed 0 by learning rate.
+        good_range: Learning rates between which that is within 1 % of the best.
+        cost: State per parameter, times of an update and of a step.
+    """
+
+    name: str
+    label: str
+    runs: Sequence[Run]
+    losses: Mapping[float, float]
+    good_range: tuple[float, float]
+    cost: Mapping[str, float]
+
+    @property
+    def learning_rate(self) -> float:
+        return self.runs[0].learning_rate
+
+    @property
+    def width(self) -> float:
+        """How many times the lowest good learning rate the highest one is."""
+        return self.good_range[1] / self.good_range[0]
+
+    @property
+    def update_share(self) -> float:
+        return self.cost["update_ms"] / self.cost["step_ms"]
+
+    @property
+    def metrics(self) -> list[str]:
+        """The names of what was measured on held-out text, the loss first."""
+        names = {name for row in self.runs[0].rows for name in row}
+        names = {name for name in names if name.startswith("validation_")}
+        return sorted(names, key=lambda name: (name != "validation_loss", name))
+
+    def finals(self, metric: str = "validation_loss") -> np.ndarray:
+        """Returns the last value of a metric for each seed."""
+        return np.asarray([run.final(metric) for run in self.runs])
+
+    def mean_curve(self, metric: str = "validation_loss") -> np.ndarray:
+        """Returns (step, mean over seeds) in rows."""
+        return np.mean([run.curve(metric) for run in self.runs], axis=0)
+
+    def steps_to(self, loss: float) -> float:
+        """Returns the part of all steps that it takes to reach a loss, NaN if never.
+
+        The mean curve is interpolated linearly.
+        """
+        steps, losses = self.mean_curve().T
+        reached = np.flatnonzero(losses <= loss)
+        if not reached.size:
+            return math.nan
+        k = reached[0]
+        if k == 0:
+            return steps[0] / steps[-1]
+        part = (losses[k - 1] - loss) / (losses[k - 1] - losses[k])
+        return (steps[k - 1] + part * (steps[k] - steps[k - 1])) / steps[-1]
+
+    def minus(self, other: "Summary") -> tuple[float, float]:
+        """Returns the mean difference of final losses, seed by seed, and its error."""
+        theirs = {run.seed: run.final() for run in other.runs}
+        pairs = [run.final() - theirs[run.seed] for run in self.runs]
+        return float(np.mean(pairs)), float(np.std(pairs, ddof=1) / len(pairs) ** 0.5)
+
+
+def summarize(folder: Path, name: str) -> Summary | None:
+    """Returns a method's results, None unless all its runs are done."""
+    cost = folder / "runs" / name / "cost.json"
+    if not cost.exists():
+        return None
+    logs = runs.read_all(folder, name)
+    losses = {
+        search.index_of(run.learning_rate): run.final() for run in logs if run.seed == 0
+    }
+    best = search.learning_rate(search.best_index(losses))
+    return Summary(
+        name,
+        METHODS[name].label,
+        [run for run in logs if run.learning_rate == best],
+        {search.learning_rate(index): losses[index] for index in sorted(losses)},
+        search.good_range(losses),
+        json.loads(cost.read_text(encoding="utf-8")),
+    )
+
+
+def best_of(summaries: Sequence[Summary], optimizer: str) -> Summary | None:
+    """Returns the best method that uses an optimizer, e.g. of two AdamWs."""
+    methods = [s for s in summaries if METHODS[s.name].options.optimizer == optimizer]
+    return min(methods, key=lambda s: s.finals().mean(), default=None)

@@ -1,0 +1,61 @@
+"""The results as a table in Markdown."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from pretraining.comparison.summary import Summary, best_of
+
+
+def make_table(summaries: Sequence[Summary], known: Sequence[Summary]) -> str:
+    """Returns the table of some methods, best first.
+
+    Args:
+        summaries: The rows.
+        known: All methods, among which are the AdamW and the Adafactor to compare with.
+    """
+    adamw, adafactor = best_of(known, "adamw"), best_of(known, "adafactor")
+    rows = [
+        _row(summary, adamw, adafactor)
+        for summary in sorted(summaries, key=lambda s: s.finals().mean())
+    ]
+    names = list(rows[0])
+    lines = [names, ["---"] + ["---:"] * (len(names) - 1)]
+    lines += [list(row.values()) for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _row(
+    summary: Summary, adamw: Summary | None, adafactor: Summary | None
+) -> dict[str, str]:
+    row = {"": summary.label, "best learning rate": f"{summary.learning_rate:.1e}"}
+    for metric in summary.metrics:
+        scale, digits = (100, 1) if metric.endswith("accuracy") else (1, 3)
+        name = metric.replace("_", " ") + (" (%)" if scale == 100 else "")
+        finals = scale * summary.finals(metric)
+        row[name] = f"{finals.mean():.{digits}f} ± {_spread(finals):.{digits}f}"
+    if adamw is not None:
+        mean, error = summary.minus(adamw)
+        row["loss − AdamW's"] = "" if summary is adamw else f"{mean:+.3f} ± {error:.3f}"
+    row["learning rates within 1 %"] = (
+        f"{summary.good_range[0]:.1e} to {summary.good_range[1]:.1e} "
+        f"({summary.width:.1f}×)"
+    )
+    for name, other in ("AdamW", adamw), ("Adafactor", adafactor):
+        if other is not None:
+            part = summary.steps_to(other.finals().mean())
+            row[f"steps to {name}'s loss"] = (
+                "not reached" if math.isnan(part) else f"{part:.2f}"
+            )
+    row["state bytes / parameter"] = f"{summary.cost['state_bytes_per_parameter']:.2f}"
+    row["update / step time"] = f"{100 * summary.update_share:.0f} %"
+    largest = [run.largest_update for run in summary.runs]
+    row["largest update RMS / lr"] = f"{max(largest):.2f}"
+    row["spikes"] = str(sum(run.spikes() for run in summary.runs))
+    row["learning rates tried"] = str(len(summary.losses))
+    return row
+
+
+def _spread(values: np.ndarray) -> float:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
