@@ -118,11 +118,13 @@ def compare(
             )
         return runs.read(path).final()
 
-    losses: dict[int, float] = {}
-    while (index := search.next_index(losses, first)) is not None:
-        losses[index] = loss(index, 0)
-    for seed in range(1, seeds):
-        loss(search.best_index(losses), seed)
+    sweep: dict[int, float] = {}
+    while (index := search.next_index(sweep, first)) is not None:
+        sweep[index] = loss(index, 0)
+    # Seeds at the best; and at what is best then, where others fare worse than seed 0.
+    losses = {index: [value] for index, value in sweep.items()}
+    while len(losses[index := search.best_mean(losses)]) < seeds:
+        losses[index] += [loss(index, seed) for seed in range(1, seeds)]
     cost = folder / "runs" / name / "cost.json"
     if not cost.exists():
         trainer = trainer or Trainer(task, method, settings)

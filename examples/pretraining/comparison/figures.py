@@ -24,8 +24,8 @@ def draw(path: Path, title: str, summaries: Sequence[Summary]) -> None:
     )
     best = min(summary.finals().mean() for summary in summaries)
     worst = max(summary.finals().mean() for summary in summaries)
-    range_ = max(worst - best, 0.01 * best)
-    axes[0].set_ylim(best - 0.1 * range_, worst + 1.2 * range_)
+    range_ = min(max(worst - best, 0.01 * best), 0.05 * best)
+    axes[0].set_ylim(best - 0.1 * range_, best + 2.2 * range_)
     for index, summary in enumerate(summaries):
         style = {
             "color": f"C{index % 10}",

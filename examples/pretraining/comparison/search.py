@@ -7,7 +7,7 @@ then the best one's neighbours are tried.
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 # How much worse than the best still counts as good.
 TOLERANCE = 0.01
@@ -51,6 +51,11 @@ def next_index(losses: Mapping[int, float], first: int) -> int | None:
 def best_index(losses: Mapping[int, float]) -> int:
     """Returns the index with the lowest loss."""
     return min(losses, key=lambda index: losses[index])
+
+
+def best_mean(losses: Mapping[int, Sequence[float]]) -> int:
+    """Returns the index whose runs, one a seed, have the lowest mean loss."""
+    return min(losses, key=lambda index: sum(losses[index]) / len(losses[index]))
 
 
 def good_range(losses: Mapping[int, float]) -> tuple[float, float]:

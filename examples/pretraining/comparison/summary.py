@@ -1,5 +1,6 @@
 """What a method achieved, from the logs of its runs."""
 
+import collections
 import dataclasses
 import json
 import math
@@ -88,17 +89,17 @@ def summarize(folder: Path, name: str) -> Summary | None:
     cost = folder / "runs" / name / "cost.json"
     if not cost.exists():
         return None
-    logs = runs.read_all(folder, name)
-    losses = {
-        search.index_of(run.learning_rate): run.final() for run in logs if run.seed == 0
-    }
-    best = search.learning_rate(search.best_index(losses))
+    logs = collections.defaultdict(list)
+    for run in runs.read_all(folder, name):
+        logs[search.index_of(run.learning_rate)].append(run)
+    sweep = {index: logs[index][0].final() for index in sorted(logs)}
+    best = search.best_mean({k: [run.final() for run in logs[k]] for k in logs})
     return Summary(
         name,
         METHODS[name].label,
-        [run for run in logs if run.learning_rate == best],
-        {search.learning_rate(index): losses[index] for index in sorted(losses)},
-        search.good_range(losses),
+        logs[best],
+        {search.learning_rate(index): loss for index, loss in sweep.items()},
+        search.good_range(sweep),
         json.loads(cost.read_text(encoding="utf-8")),
     )
 
