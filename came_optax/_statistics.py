@@ -36,17 +36,30 @@ def abs_sq(x: jax.Array) -> jax.Array:
 def mean_square(x: jax.Array, axes: tuple[int, ...], eps: Any) -> jax.Array:
     """Returns the mean over ``axes`` of |x|² + eps.
 
-    The squares saturate where their sum would overflow (for float32, gradients beyond
-    1e16 or so), so that the mean of finite values is finite.
+    It saturates where a sum of such means would overflow (for float32, gradients beyond
+    1e16 or so), so that finite values never give an infinite statistic. Everything but
+    the sum of squares is left to do on the means: that sum alone XLA computes without
+    storing the squares.
     """
-    size = 1
-    for axis in axes:
-        size *= x.shape[axis]
     square = abs_sq(x)
-    square = square + jnp.asarray(eps, square.dtype)
-    return jnp.mean(
-        jnp.minimum(square, jnp.finfo(square.dtype).max / (2 * size)), axis=axes
+    mean = jnp.mean(square, axes) + jnp.asarray(eps, square.dtype)
+    return jnp.minimum(mean, jnp.finfo(mean.dtype).max / (2 * max(mean.size, 1)))
+
+
+def for_second_mean(x: jax.Array, same: jax.Array) -> jax.Array:
+    """Returns ``x`` for another ``mean_square`` that shares no work with the first.
+
+    XLA would store the squares for both, which costs more than to compute them twice.
+    On CPUs a barrier stops it. On others that would stop it from taking both means in
+    one pass; there ``same`` is used, which is ``x`` or −``x`` by another expression.
+    """
+    again: jax.Array = jax.lax.platform_dependent(
+        x,
+        same,
+        cpu=lambda x, same: jax.lax.optimization_barrier(x),
+        default=lambda x, same: same,
     )
+    return again
 
 
 def reductions(

@@ -172,7 +172,7 @@ def test_a_leaf_of_one_element(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     "kind, bound",
     [
-        ("noise", 1e-5),
+        ("noise", 2e-5),
         # The average stops where a step toward its goal is below half its last bit:
         # 6e-8 / (1 − β2) of it for v.
         ("constant", 6e-5),
