@@ -1,5 +1,7 @@
 """Draws docs/figures/dynamics.svg: how far CAME steps, in learning rates.
 
+To draw it anew:
+
     python docs/figures/dynamics.py
 """
 

@@ -16,6 +16,7 @@ import safetensors.numpy
 import torch
 import transformers
 from flax import nnx
+
 from pretraining import hugging_face
 from pretraining.errors import UserError
 from pretraining.models import bert, gpt2, t5

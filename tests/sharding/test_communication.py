@@ -5,9 +5,9 @@ import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from pretraining.collectives import collectives
 
 from came_optax import BalancedSplit, came, state_sharding
+from pretraining.collectives import collectives
 
 
 def gpt2_shapes(layers, width):
