@@ -91,7 +91,7 @@ def run(tx: optax.GradientTransformation, grads: Any) -> tuple[Any, Any]:
 
 
 @given(data=st.data(), shape=shapes(), dtype=st.sampled_from(["bfloat16", "float32"]))
-@settings(max_examples=100)
+@settings(max_examples=60)
 def test_statistics_have_the_announced_shapes(
     data: st.DataObject, shape: Shape, dtype: str
 ) -> None:
@@ -116,7 +116,7 @@ def test_statistics_have_the_announced_shapes(
 
 
 @given(data=st.data(), shape=shapes(min_dims=1), rule=rules, kwargs=options)
-@settings(max_examples=20)
+@settings(max_examples=12)
 def test_a_stack_equals_its_layers(
     data: st.DataObject, shape: Shape, rule: Any, kwargs: dict[str, Any]
 ) -> None:
@@ -143,7 +143,7 @@ def test_factoring_nothing_equals_a_vector(
 
 
 @given(data=st.data(), shape=shapes(min_dims=2), kwargs=options)
-@settings(max_examples=20)
+@settings(max_examples=12)
 def test_permuted_axes_permute_the_update(
     data: st.DataObject, shape: Shape, kwargs: dict[str, Any]
 ) -> None:
