@@ -20,7 +20,7 @@ CALLED = re.compile(r"(?:calls|to_apply|body)=(%[^\s,)]+)")
 BRANCHES = re.compile(r"branch_computations=\{(.*?)\}")
 LOOP = re.compile(r" while\(.*condition=(%[^\s,)]+)")
 KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-LIMIT = re.compile(r" = s32\[\]\S* constant\((\d+)\)")
+LIMIT = re.compile(r" = [su]32\[\]\S* constant\((\d+)\)")
 ARRAY = re.compile(r"([a-z]+)(\d*)[a-z0-9]*\[([0-9,]*)\]")
 
 

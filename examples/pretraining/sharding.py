@@ -1,9 +1,10 @@
 """Which mesh axes each parameter, and with it the optimizer's state, is split over."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -41,3 +42,30 @@ def param_shardings(
         (path, p.replace(NamedSharding(mesh, spec("/".join(map(str, path)), p.shape))))
         for path, p in nnx.to_flat_state(params)
     )
+
+
+def make_gather(shardings: Any) -> Callable[[Any], Any]:
+    """Returns a function that gathers parameters from the fsdp axis, to use them.
+
+    Left to itself the compiler may move activations instead, which are larger. The sum
+    of gradients over the chips leaves each with its own part.
+    """
+    gathered = jax.tree.map(_without_fsdp, shardings)
+
+    @jax.custom_vjp
+    def gather(params: Any) -> Any:
+        return jax.lax.with_sharding_constraint(params, gathered)
+
+    def forward(params: Any) -> tuple[Any, None]:
+        return gather(params), None
+
+    def backward(_: None, gradients: Any) -> tuple[Any]:
+        return (jax.lax.with_sharding_constraint(gradients, shardings),)
+
+    gather.defvjp(forward, backward)
+    return gather
+
+
+def _without_fsdp(sharding: NamedSharding) -> NamedSharding:
+    spec = [None if entry == "fsdp" else entry for entry in sharding.spec]
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from came_optax import state_sharding
 from pretraining import devices
-from pretraining.sharding import param_shardings
+from pretraining.sharding import make_gather, param_shardings
 from pretraining.task import Batch, Mean, Task
 
 Params = Any
@@ -71,8 +71,10 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Returns `(state, batch) -> (state, metrics)`; the state passed in is donated."""
     shardings = state_shardings(task, tx, mesh)
+    gather = make_gather(shardings.params)
 
     def loss(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
+        params = gather(params)
         means = task.loss_fn(merge(task, params), batch, nnx.Rngs(dropout=key))
         return means["loss"].total, means
 
