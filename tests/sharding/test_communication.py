@@ -105,11 +105,23 @@ def test_tpu_needs_three_rounds_whatever_the_number_of_leaves(
         (came(1e-3, clipping_threshold=None), 2),
         (came(1e-3, mu_dtype="bfloat16", bias_correction=True), 3),
         (came(1e-3, update_clipping_threshold=1.0), 4),
+        # Sums and maxima cannot be combined.
+        (came(1e-3, mu_dtype="int8"), 4),
+        (came(1e-3, mu_dtype="int4"), 4),
     ],
-    ids=["adamw", "adafactor", "no-clipping", "bfloat16", "update-clipping"],
+    ids=[
+        "adamw",
+        "adafactor",
+        "no-clipping",
+        "bfloat16",
+        "update-clipping",
+        "int8",
+        "int4",
+    ],
 )
 def test_tpu_rounds_by_optimizer(v5e_devices, tx, rounds):
     params = gpt2_shapes(layers=1, width=256)
     with jax.numpy_dtype_promotion("standard"):  # optax.adamw needs it.
         found = collectives(compiled_update(tx, params, rows, v5e_devices))
+    assert {c.kind for c in found} <= {"all-reduce"}
     assert len(found) == rounds

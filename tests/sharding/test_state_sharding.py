@@ -212,6 +212,24 @@ def test_init_places_the_state_and_updates_compile_once(auto_mesh, sizes):
     chex.assert_tree_all_finite(params)
 
 
+@pytest.mark.parametrize(
+    ("mu_dtype", "mu"), [("int8", "fsdp tensor"), ("int4", "fsdp")]
+)
+def test_quantized_momentum(auto_mesh, mu_dtype, mu):
+    # Pairs of 8 rows, packed to 4 bytes, can be on 4 devices but not on 8.
+    params = {"kernel": jax.ShapeDtypeStruct((8, 1024), jnp.float32)}
+    tx = came(1e-3, mu_dtype=mu_dtype)
+    sharding = NamedSharding(auto_mesh(fsdp=4, tensor=2), P(("fsdp", "tensor")))
+    shardings = state_sharding(tx, params, sharding)
+    specs = jax.tree.map(lambda s: s.spec, shardings)
+    assert find(specs, "mu") == {"kernel": P(tuple(mu.split()))}
+    assert find(specs, "mu_row") == {"kernel": P(("fsdp", "tensor"))}
+    assert find(specs, "mu_col") == {"kernel": P()}
+    kernel = jax.device_put(jnp.ones((8, 1024)), sharding)
+    state = jax.jit(tx.init, out_shardings=shardings)({"kernel": kernel})
+    assert find(state, "mu")["kernel"].sharding == find(shardings, "mu")["kernel"]
+
+
 def test_inside_a_mesh_context(auto_mesh):
     expected = state_sharding(came(1e-3), PARAMS, SPECS)
     with jax.set_mesh(auto_mesh(fsdp=4, tensor=2)):
