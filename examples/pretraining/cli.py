@@ -69,10 +69,10 @@ def _make_parser(
         arguments = parser.add_argument_group(_title(group))
         for field in dataclasses.fields(group):
             keywords = dict(field.metadata)
-            if field.default not in (None, False, ""):
+            default = defaults.get(field.name, field.default)
+            if default not in (None, False, ""):
                 keywords["help"] += " (default: %(default)s)"
             flag = "--" + field.name.replace("_", "-")
-            default = defaults.get(field.name, field.default)
             arguments.add_argument(flag, default=default, **keywords)
     return parser
 

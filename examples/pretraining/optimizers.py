@@ -33,7 +33,7 @@ class OptimizerOptions:
     )
     learning_rate: float | None = option(
         None,
-        "peak learning rate (default: came and lion 1e-3, others 3e-3)",
+        "peak learning rate (if none: came and lion 1e-3, others 3e-3)",
         type=positive_float,
     )
     warmup: int | None = option(

@@ -87,7 +87,10 @@ def unigram(documents: Sequence[str], vocab_size: int) -> Tokenizer:
             unk_token=span_corruption.UNKNOWN,
             show_progress=False,
         )
-        tokenizer.train_from_iterator(documents, trainer)
+        try:
+            tokenizer.train_from_iterator(documents, trainer)
+        except Exception as error:  # `tokenizers` raises nothing more specific.
+            raise UserError(f"--vocab-size {vocab_size}: {error}") from error
         tokenizer.add_special_tokens(list(reversed(span_corruption.SENTINELS)))
         end = span_corruption.END
         tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
@@ -123,7 +126,7 @@ def _cached(
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, train().to_str())
     tokenizer = Tokenizer.from_file(str(path))
-    # WordPiece and Unigram take in every character, however few tokens are wanted.
+    # WordPiece takes in every character, however few tokens are wanted.
     if tokenizer.get_vocab_size() > vocab_size:
         raise UserError(
             f"--vocab-size {vocab_size}: this text takes {tokenizer.get_vocab_size()} "

@@ -3,7 +3,9 @@
 import dataclasses
 import importlib.util
 import os
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +15,7 @@ from pretraining.errors import UserError
 
 GIB = 2**30
 HBM = {"v4": 32 * GIB, "v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB}
+H100 = Path(__file__).parent / "h100.textproto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +31,46 @@ class Target:
     name: str
     devices: Sequence[jax.Device]
     hbm: int
+
+
+def target(topology: str, slices: int = 1) -> Target:
+    """Returns chips by a topology such as "v5e:4x4" or "h100:2x8" (nodes x GPUs)."""
+    if topology.startswith("h100:"):
+        return h100(topology)
+    return tpu(topology, slices)
+
+
+def h100(topology: str) -> Target:
+    """Returns H100 GPUs, such as "h100:8", or "h100:2x8" for two nodes of eight.
+
+    Needs JAX's CUDA plugin and no GPU: call it before anything else uses JAX.
+
+    Raises:
+        UserError: There is no such topology, or the plugin is not installed.
+    """
+    found = re.fullmatch(r"h100:(?:(\d+)x)?(\d+)", topology)
+    if found is None:
+        raise UserError(f"--topology {topology}: must be like h100:8 or h100:2x8")
+    if importlib.util.find_spec("jax_cuda12_plugin") is None:
+        raise UserError(
+            "JAX's CUDA plugin is missing: pip install --no-deps "
+            f"jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}"
+        )
+    nodes, gpus = int(found[1] or 1), int(found[2])
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+    # What would run kernels to see which is fastest.
+    flags = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+    description = H100.read_text(encoding="utf-8")
+    memory = re.search(r"device_memory_size: (\d+)", description)
+    assert memory is not None
+    devices = topologies.get_topology_desc(
+        platform="cuda",
+        topology_name="h100",
+        target_config=description,
+        topology=f"1x{nodes}x{gpus}",
+    ).devices
+    return Target(f"{len(devices)} H100 GPUs", devices, int(memory[1]))
 
 
 def tpu(topology: str, slices: int = 1) -> Target:

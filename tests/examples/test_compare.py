@@ -1,0 +1,274 @@
+"""The comparison of optimizers: fair search, honest summaries, runs that resume."""
+
+import json
+import math
+import sys
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import compare_optimizers
+from pretraining import devices, pipeline, step
+from pretraining.comparison import runs, search
+from pretraining.comparison.methods import METHODS
+from pretraining.comparison.runs import Run
+from pretraining.comparison.summary import Summary, summarize
+from pretraining.comparison.table import make_table
+from pretraining.comparison.trainer import Settings, Trainer, record_largest_update
+from pretraining.errors import UserError
+from pretraining.models import gpt2
+from pretraining.optimizers import OptimizerOptions, make_optimizer, make_schedule
+from pretraining.pipeline import Windows
+from pretraining.summary import state_bytes
+from pretraining.task import Task
+
+SETTINGS = Settings(20, 8, evaluations=2, eval_batches=1, log_every=10)
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    config = gpt2.GPT2Config(
+        vocab_size=13, n_positions=8, n_embd=12, n_layer=1, n_head=3
+    )
+    tokens = (np.arange(400) ** 2 % 13).astype(np.uint16)
+    return Task(
+        name="mock",
+        make_model=lambda rngs: gpt2.GPT2(config, rngs=rngs),
+        loss_fn=gpt2.next_token_loss,
+        train=Windows(tokens[:300], 8),
+        validation=Windows(tokens[300:], 8),
+        tokens_per_record=8,
+    )
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    mesh = devices.make_mesh(devices=jax.devices()[:1])
+    monkeypatch.setattr(devices, "make_mesh", lambda: mesh)
+    with jax.numpy_dtype_promotion("standard"):  # For optax's own optimizers.
+        yield
+
+
+def search_all(loss, first: int = -10) -> dict[int, float]:
+    """Searches to the end; `loss` maps an index to a loss."""
+    losses: dict[int, float] = {}
+    while (index := search.next_index(losses, first)) is not None:
+        assert index not in losses
+        losses[index] = loss(index)
+    return losses
+
+
+@pytest.mark.parametrize("best", [-17, -12, -10, -9, -4])
+def test_search_finds_the_best_wherever_it_starts(best: int):
+    losses = search_all(lambda index: 3 + 0.02 * (index - best) ** 2)
+    assert search.best_index(losses) == best
+    assert {best - 1, best + 1} <= losses.keys()
+    # Both ends are clearly worse.
+    assert min(losses[min(losses)], losses[max(losses)]) > 3 * 1.01
+
+
+def test_search_passes_over_runs_that_diverged():
+    losses = search_all(lambda index: math.inf if index > -14 else 3 - 0.1 * index)
+    assert search.best_index(losses) == -14
+    assert search.learning_rate(-14) == 3.16e-4
+    assert search.index_of(3.16e-4) == -14
+
+
+def test_search_ends_where_every_learning_rate_diverges():
+    losses = search_all(lambda index: math.inf)
+    assert min(losses) == search.LOWEST
+
+
+def test_good_range_is_interpolated():
+    losses = {-8: 4.0, -6: 2.02, -5: 2.0, -4: 2.01, -2: 2.21}
+    low, high = search.good_range(losses)
+    assert low == pytest.approx(10 ** (-6 / 4))
+    assert high == pytest.approx(10 ** (-3.9 / 4))
+    low, high = search.good_range({-8: 2.0, -6: math.inf})
+    assert (low, high) == pytest.approx((1e-2, 1e-2))
+
+
+def make_run(losses, seed: int = 0, end=None, validation=(3.0, 2.0, 1.0)) -> Run:
+    rows = [{"step": 10 * k, "loss": loss} for k, loss in enumerate(losses, 1)]
+    rows += [
+        {"step": 10 * k, "validation_loss": loss} for k, loss in enumerate(validation)
+    ]
+    end = {"step": 30, "largest_update": 1.0} | (end or {})
+    return Run({"learning_rate": 1e-3, "seed": seed}, [*rows, end])
+
+
+@pytest.mark.parametrize(
+    ("losses", "spikes"),
+    [
+        ([5, 4, 3, 2], 0),
+        ([5, 4, 4.1, 3], 0),
+        ([5, 4, 4.3, 4.3, 3], 1),
+        ([5, 4, 4.3, 4, 4.3, 3], 2),
+        ([5, 4, 4.3, 4.15, 4.3], 1),
+    ],
+)
+def test_spikes_are_rises_above_the_lowest_loss(losses, spikes: int):
+    assert make_run(losses).spikes() == spikes
+
+
+def test_diverged_run_has_infinite_loss_and_no_accuracy():
+    run = make_run([5.0], end={"diverged": True})
+    assert run.final() == math.inf
+    assert run.final("validation_accuracy") == 0
+
+
+def make_summary(name: str, finals) -> Summary:
+    logs = [
+        make_run([2.0], seed, validation=(3.0, 2.0, final))
+        for seed, final in enumerate(finals)
+    ]
+    cost = {"state_bytes_per_parameter": 8.0, "update_ms": 1.0, "step_ms": 10.0}
+    return Summary(name, name, logs, {1e-3: finals[0]}, (1e-3, 2e-3), cost)
+
+
+def test_steps_to_a_loss_and_paired_difference():
+    summary = make_summary("came", [1.0, 1.2])
+    # The mean curve is 3, 2, 1.1 at steps 0, 10, 20.
+    assert summary.steps_to(3.5) == 0
+    assert summary.steps_to(2.5) == pytest.approx(0.25)
+    assert summary.steps_to(1.1) == pytest.approx(1)
+    assert math.isnan(summary.steps_to(1.0))
+    mean, error = summary.minus(make_summary("adamw", [0.9, 1.0]))
+    assert (mean, error) == pytest.approx((0.15, 0.05))
+
+
+def test_table_compares_with_the_better_adamw():
+    summaries = [
+        make_summary("adamw", [1.0, 1.2]),
+        make_summary("adamw-b2-0.999", [0.9, 1.1]),
+        make_summary("came", [0.8, 1.0]),
+    ]
+    head, _, *lines = make_table(summaries, summaries).splitlines()
+    columns = [column.strip() for column in head.split("|")]
+    rows = [dict(zip(columns, line.split("|"), strict=True)) for line in lines]
+    differences = [row["loss − AdamW's"].strip() for row in rows]
+    assert differences == ["-0.100 ± 0.000", "", "+0.100 ± 0.000"]
+    assert rows[0]["validation loss"].strip() == "0.900 ± 0.141"
+    assert rows[2]["steps to AdamW's loss"].strip() == "not reached"
+
+
+def test_run_equals_plain_training(task: Task):
+    """And a second learning rate, a second seed, compile nothing."""
+    trainer = Trainer(task, METHODS["came-bc-clip-1"], SETTINGS)
+    trainer.run(1e-3, 0, {})
+    run = trainer.run(1e-2, 1, {"method": "came"})
+    assert trainer._train_steps._cache_size() == 1
+    assert run.about["options"] == {
+        "optimizer": "came",
+        "bias_correction": True,
+        "update_clipping_threshold": 1.0,
+    }
+
+    options = OptimizerOptions(
+        learning_rate=1e-2, bias_correction=True, update_clipping_threshold=1.0
+    )
+    tx = make_optimizer(options, make_schedule(options, SETTINGS.steps))
+    mesh = devices.make_mesh()
+    train_step = step.make_train_step(task, tx, 1, 0, mesh)
+    state = step.make_init(task, tx, 1, mesh)()
+    batches = pipeline.train_batches(task, SETTINGS.batch_size, 1)
+    losses = []
+    for _ in range(SETTINGS.steps):
+        state, metrics = train_step(state, devices.put_batch(next(batches), mesh))
+        losses.append(float(metrics["loss"]))
+    expected = np.mean(np.reshape(losses, (2, 10)), axis=1)
+    assert run.curve("loss") == [
+        (10, pytest.approx(expected[0], abs=1e-3)),
+        (20, pytest.approx(expected[1], abs=1e-3)),
+    ]
+    assert [at for at, _ in run.curve("validation_loss")] == [10, 20]
+    # Clipped to 1, then decayed weights are added.
+    assert run.largest_update == pytest.approx(1, abs=0.05)
+
+
+def test_diverged_run_ends_early(task: Task):
+    run = Trainer(task, METHODS["lion"], SETTINGS).run(1e30, 0, {})
+    assert run.final() == math.inf
+    assert run.rows == [run.rows[-1]]
+    assert run.rows[0]["step"] == 10
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "most"),
+    [
+        ("adamw", 8, 8),
+        ("lion", 4, 4),
+        ("came", 4, 5.5),
+        ("adafactor", 4, 5),
+        ("adafactor-b1-0", 0, 1),
+        ("muon", 4.1, 7.9),
+    ],
+)
+def test_optimizers_train_and_keep_what_they_should(
+    task: Task, name: str, least: float, most: float
+):
+    trainer = Trainer(task, METHODS[name], SETTINGS)
+    (_, first), (_, last) = trainer.run(1e-2, 0, {}).curve("loss")
+    assert last < first
+    params = jax.eval_shape(lambda: nnx.state(task.make_model(nnx.Rngs(0)), nnx.Param))
+    tx = make_optimizer(trainer.options, make_schedule(trainer.options, 20))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert least <= state_bytes(tx, params) / parameters <= most + 0.1
+
+
+def compare(task: Task, folder, *arguments: str) -> None:
+    argv = ["compare_optimizers.py", "--output", str(folder), "--steps", "20"]
+    argv += ["--batch-size", "8", "--seeds", "2", "--methods", "came", *arguments]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", argv)
+        patch.setattr(compare_optimizers, "make_task", lambda *_: task)
+        compare_optimizers.main()
+
+
+def test_comparison_resumes_with_what_is_missing(task: Task, tmp_path, monkeypatch):
+    compare(task, tmp_path)
+    logs = sorted((tmp_path / "runs" / "came").glob("*.jsonl"))
+    times = {path: path.stat().st_mtime_ns for path in logs}
+    summary = summarize(tmp_path, "came")
+    assert [run.seed for run in summary.runs] == [0, 1]
+    assert len(summary.losses) == sum("seed-0" in path.name for path in logs) >= 4
+    assert 0 < summary.cost["update_ms"]
+    assert 4 < summary.cost["state_bytes_per_parameter"] < 5.5
+    table = (tmp_path / "comparison.md").read_text()
+    assert "| CAME |" in table
+    assert (tmp_path / "comparison.png").stat().st_size > 10_000
+
+    missing = runs.path(tmp_path, "came", summary.learning_rate, 1)
+    content = missing.read_text()
+    missing.unlink()
+    compare(task, tmp_path)
+    again = [json.loads(line) for line in missing.read_text().splitlines()]
+    before = [json.loads(line) for line in content.splitlines()]
+    assert again[:-1] == before[:-1]  # Bit for bit, but for the time taken.
+    times.pop(missing)
+    assert all(path.stat().st_mtime_ns == then for path, then in times.items())
+
+    monkeypatch.setattr(compare_optimizers, "Trainer", None)  # Nothing left to train.
+    compare(task, tmp_path)
+
+
+def test_other_settings_need_another_folder(task: Task, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare_optimizers, "compare", lambda *_: None)
+    compare(task, tmp_path)
+    with pytest.raises(UserError, match="holds runs with steps 20, not 30"):
+        compare(task, tmp_path, "--steps", "30")
+    with pytest.raises(UserError, match="--steps 25: must be a multiple of 10"):
+        compare(task, tmp_path, "--steps", "25")
+
+
+def test_largest_update_is_over_the_learning_rate():
+    tx = record_largest_update(lambda count: 0.1 * (count + 1))
+    updates = {"a": np.array([3.0, 4.0], np.float32), "b": np.float32(1.0)}
+    state = tx.init(updates)
+    for _ in range(2):
+        passed, state = tx.update(updates, state)
+        assert passed is updates
+    assert state.largest_update == pytest.approx(12.5**0.5 / 0.1)
+    assert state.count == 2

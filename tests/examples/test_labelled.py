@@ -1,0 +1,84 @@
+"""Labelled texts: read, split without overlap, encoded."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pretraining import labelled, tokenization
+from pretraining.errors import UserError
+from pretraining.labelled import Examples, Labelled, LabelledTextOptions
+
+ROWS = [Labelled(f"Sentence {i} of many", "ab"[i % 2]) for i in range(400)]
+
+
+def test_rotten_tomatoes():
+    rows = labelled.load(LabelledTextOptions())
+    assert len(rows) == 8_530
+    assert sum(row.label == "1" for row in rows) == 4_265
+    parts = labelled.split(rows)
+    assert [len(part) for part in parts] == pytest.approx([6_824, 853, 853], rel=0.05)
+    texts = [{" ".join(row.text.lower().split()) for row in part} for part in parts]
+    assert sum(map(len, texts)) == len(set().union(*texts)) == 8_530
+
+
+def test_a_text_stays_in_its_part_whatever_its_case_and_spaces():
+    parts = labelled.split(ROWS)
+    assert sorted(itertools.chain(*parts)) == sorted(ROWS)
+    shouted = [Labelled(row.text.upper().replace(" ", "  "), "c") for row in ROWS[:50]]
+    for part, more in zip(parts, labelled.split([*ROWS, *shouted]), strict=True):
+        texts = {row.text for row in part}
+        for row in more:
+            assert " ".join(row.text.capitalize().split()) in texts
+
+
+def test_csv(tmp_path: Path):
+    path = tmp_path / "mine.csv"
+    path.write_text('label,text\nx,"One,\ntwo"\ny,Three\nx,three \n')
+    rows = labelled.load(LabelledTextOptions(csv=str(path)))
+    assert rows == [Labelled("One,\ntwo", "x"), Labelled("Three", "y")]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "no column label or text in it"),
+        ("text\nOne\n", "no column label in it"),
+        ("text,label\nOne,x\n,y\n", "line 3 has no text or label"),
+        ("text,label\nOne\n", "line 2 has no text or label"),
+        ("text,label\nOne,x\nTwo,x\n", "needs texts with two labels or more"),
+    ],
+)
+def test_wrong_csv(tmp_path: Path, content: str, message: str):
+    path = tmp_path / "mine.csv"
+    path.write_text(content)
+    with pytest.raises(UserError, match=f"mine.csv: {message}"):
+        labelled.load(LabelledTextOptions(csv=str(path)))
+
+
+def test_too_few_to_split():
+    with pytest.raises(UserError, match="2 texts are too few"):
+        labelled.split(ROWS[:2])
+
+
+def test_examples_are_cut_and_padded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tokenizer = tokenization.wordpiece([row.text for row in ROWS], 100)
+    rows = [Labelled("many", "b"), Labelled("Sentence 12 of many, many, many", "a")]
+    short, long = Examples(rows, ["a", "b"], tokenizer, 6)
+    many = tokenizer.token_to_id("many")
+    assert short["tokens"].tolist() == [2, many, 3, 0, 0, 0]
+    assert short["mask"].tolist() == [True] * 3 + [False] * 3
+    assert long["tokens"][[0, -1]].tolist() == [2, 3]
+    assert long["mask"].all()
+    assert (short["label"], long["label"]) == (1, 0)
+
+
+def test_frequency_loss():
+    train = [Labelled("", label) for label in "aaab"]
+    test = [Labelled("", label) for label in "ab"]
+    expected = -(np.log(0.75) + np.log(0.25)) / 2
+    assert labelled.frequency_loss(train, test) == pytest.approx(expected)
+    with pytest.raises(UserError, match="label 'c' is too rare"):
+        labelled.frequency_loss(train, [*test, Labelled("", "c")])
