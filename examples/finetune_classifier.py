@@ -4,7 +4,7 @@ r"""Fine-tune a pretrained BERT to classify sentences, with CAME.
     python examples/finetune_classifier.py
 
 fine-tunes MiniLM (6 layers, 22.7 M parameters) to tell whether a sentence about a film
-is for or against it: about ? minutes on two CPU cores, to an accuracy of about ? % on
+is for or against it; it prints the accuracy on
 held-out sentences (logistic regression on TF-IDF: 76.9 %).
 Your own pretrained model (a folder of pretrain_bert.py or of Hugging Face) and texts:
 

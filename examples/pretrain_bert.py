@@ -3,8 +3,7 @@ r"""Pretrain BERT on real text with CAME.
     python examples/pretrain_bert.py
 
 trains the tiny size to fill in masked words of the presidents' State of the Union
-addresses: about ? minutes on two CPU cores, to a validation loss of about ? nats per
-masked token (unigram model: ?) and an accuracy of ? %. The run's folder can then be
+addresses, on two CPU cores. The run's folder can then be
 fine-tuned (finetune_classifier.py) or loaded by Hugging Face's `transformers`.
 On an accelerator:
 
