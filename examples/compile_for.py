@@ -4,7 +4,8 @@ r"""Compile a training step for TPU slices, or H100s, that aren't there.
     python examples/compile_for.py --topology v5e:4x4 --task gpt2 --size xl
 
 says whether GPT-2 XL trains on 16 TPU v5e chips, what memory the parameters, CAME's
-state and the rest take on each, and what the chips send each other. The step is the one that pretrain_gpt2.py runs, with the same options:
+state and the rest take on each, and what the chips send each other.
+The step is the one that pretrain_gpt2.py runs, with the same options:
 
     python examples/compile_for.py --topology v5e:4x4 --size xl --optimizer adamw \
         --mesh fsdp=8,tensor=2 --batch-size 64 --accumulate 4

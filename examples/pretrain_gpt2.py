@@ -2,7 +2,7 @@ r"""Pretrain GPT-2 on real text with CAME.
 
     python examples/pretrain_gpt2.py
 
-trains the tiny size on the presidents' State of the Union addresses: on CPU,
+trains the tiny size on the presidents' State of the Union addresses on CPU,
 and prints the cross-entropies of a unigram and a bigram model to compare with.
 On an accelerator:
 

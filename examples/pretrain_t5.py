@@ -3,8 +3,7 @@ r"""Pretrain T5 on real text with CAME.
     python examples/pretrain_t5.py
 
 trains the tiny size (version 1.1) to fill gaps in the presidents' State of the Union
-addresses: about ? minutes on two CPU cores, to a validation loss of about ? nats per
-target token (bigram model: ?). The run's folder can then be loaded by Hugging Face's
+addresses, on CPU. The run's folder can then be loaded by Hugging Face's
 `transformers`.
 On an accelerator:
 
