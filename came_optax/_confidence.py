@@ -151,6 +151,7 @@ def scale_by_confidence(
         check_inexact("updates", updates)
         check_same_leaves("updates", updates, "state", state.mu)
         count = optax.safe_increment(state.count)
+        decay = b1
 
         def update_leaf(
             path: KeyPath,
@@ -162,6 +163,7 @@ def scale_by_confidence(
             s_row: jax.Array,
             s_col: jax.Array,
         ) -> _Leaf:
+            nonlocal decay
             row_mean, col_mean, _ = stats.reductions(axes)
             stats.check_statistic("s_row", path, s_row, u.shape, row_mean)
             stats.check_statistic("s_col", path, s_col, u.shape, col_mean)
@@ -169,7 +171,7 @@ def scale_by_confidence(
             stored = momentum.Stored(mu, mu_row, mu_col)
             momentum.check(path, stored, x, axes, mu_dtype)
             old_m = momentum.load(stored, x, axes, mu_dtype)
-            m = stats.moving_average(old_m, x, b1)
+            m = stats.moving_average(old_m, x, decay)
             delta = m
             if axes.factored:
                 residual, again = x - m, stats.for_second_mean(x - m, m - x)
@@ -182,6 +184,7 @@ def scale_by_confidence(
                     scale *= jnp.sqrt(stats.one_minus_power(b3, count))
                 delta *= scale.astype(delta.dtype)
             stored = momentum.store(m, stored, axes, mu_dtype)
+            decay = momentum.in_turn(decay, stored)
             return _Leaf(stored, s_row, s_col, delta.astype(u.dtype))
 
         leaves = jax.tree.map_with_path(

@@ -99,7 +99,7 @@ def load(
         codes = quantization.unpack(codes, like)
     reduced = quantization.reductions(axes, like.ndim)
     scale = quantization.scale_of(stored.mu_row, stored.mu_col, *reduced)
-    return quantization.decode(codes, _BITS[mu_dtype], like.dtype) * scale
+    return quantization.decode(codes, scale, _BITS[mu_dtype])
 
 
 def store(m: jax.Array, stored: Stored, axes: FactoredAxes, mu_dtype: str) -> Stored:
@@ -107,14 +107,31 @@ def store(m: jax.Array, stored: Stored, axes: FactoredAxes, mu_dtype: str) -> St
     if not _is_quantized(m, mu_dtype):
         return stored._replace(mu=m.astype(_stored_dtype(m, mu_dtype)))
     row_max, col_max = quantization.reductions(axes, m.ndim)
-    row, col = jnp.max(jnp.abs(m), row_max), stored.mu_col
+    row, col = quantization.largest(m, row_max), stored.mu_col
     if col_max is not None:
-        col = jnp.max(jnp.abs(m), col_max)
+        col = quantization.largest(m, col_max)
     scale = quantization.scale_of(row, col, row_max, col_max)
-    codes = quantization.encode(m / jnp.where(scale == 0, 1, scale), _BITS[mu_dtype])
+    codes = quantization.encode(m, scale, _BITS[mu_dtype])
     if mu_dtype == "int4":
         codes = quantization.pack(codes)
     return Stored(codes, row, col)
+
+
+def in_turn(x: jax.Array, stored: Stored) -> jax.Array:
+    """Returns ``x``, but on CPUs not before quantized momentum is ``stored``.
+
+    There XLA would work on all leaves at once and hold float32 momentum of each. It
+    waits because it cannot know that no scale is negative.
+    """
+    if not jnp.issubdtype(stored.mu.dtype, jnp.integer):
+        return x
+    waited: jax.Array = jax.lax.platform_dependent(
+        x,
+        stored.mu_row,
+        cpu=lambda x, row: jnp.where(jnp.min(row) < 0, jnp.nan, x),
+        default=lambda x, row: x,
+    )
+    return waited
 
 
 def _is_quantized(x: Any, mu_dtype: str) -> bool:

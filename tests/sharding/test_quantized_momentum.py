@@ -1,0 +1,72 @@
+"""Momentum in 8 and 4 bits on explicit meshes."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from came_optax import BalancedSplit, LargestTwoAxes, LastTwoAxes, Stacked, came
+
+SPECS = {
+    (64, 64): [P("a", "b"), P(None, "a"), P(("a", "b"))],
+    (4096,): [P("a")],
+    (8, 1024): [P(("a", "b"))],  # One row a device: pairs of rows are on two.
+    (1025, 8): [P(None, ("b", "a"))],
+    (4, 32, 64): [P("a", None, "b"), P("b", "a")],
+}
+
+
+def make_params(mesh: Any) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(0)
+    return {
+        f"{shape} {spec}": jax.device_put(
+            rng.normal(size=shape).astype(np.float32), NamedSharding(mesh, spec)
+        )
+        for shape, several in SPECS.items()
+        for spec in several
+    }
+
+
+def types(tree: Any) -> list[str]:
+    return [str(jax.typeof(x)) for x in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize("mu_dtype", ["int8", "int4"])
+@pytest.mark.parametrize(
+    "rule",
+    [LastTwoAxes(), LargestTwoAxes(8), BalancedSplit(), Stacked(where=r"\(4, ")],
+    ids=lambda rule: type(rule).__name__,
+)
+def test_types_are_stable(explicit_mesh: Any, rule: Any, mu_dtype: str) -> None:
+    params = make_params(explicit_mesh(a=4, b=2))
+    tx = came(1e-2, mu_dtype=mu_dtype, factoring=rule)
+    state = jax.eval_shape(tx.init, params)
+    updates, new_state = jax.eval_shape(tx.update, params, state, params)
+    assert types(new_state) == types(state)
+    assert types(updates) == types(params)
+
+
+@pytest.mark.parametrize("mu_dtype", ["int8", "int4"])
+def test_values_do_not_depend_on_the_mesh(explicit_mesh: Any, mu_dtype: str) -> None:
+    params = make_params(explicit_mesh(a=4, b=2))
+    tx = came(1e-2, mu_dtype=mu_dtype)
+
+    @jax.jit
+    def two_updates(params: Any) -> Any:
+        _, state = tx.update(params, tx.init(params), params)
+        return tx.update(jax.tree.map(jnp.cos, params), state, params)[0]
+
+    updates = two_updates(params)
+    alone = jax.tree.map(np.asarray, jax.device_get(params))
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        expected = two_updates(alone)
+    # Sums in another order may move a code to its neighbour, but few of them.
+    for x, y in zip(jax.tree.leaves(updates), jax.tree.leaves(expected), strict=True):
+        far = np.abs(np.asarray(x) - np.asarray(y)) > 1e-4 * np.abs(y).max()
+        assert far.mean() < 1e-3
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, expected)
