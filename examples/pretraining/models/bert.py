@@ -162,8 +162,8 @@ class MaskedLM(nnx.Module):
     # What tensor parallelism splits: heads, hidden units, the vocabulary.
     tensor_axes: ClassVar = {
         r"/(query|key|value|intermediate)/": -1,
-        r"/output/kernel$": 0,
-        r"/word_embeddings/": 0,
+        r"/output/kernel$": -2,
+        r"/word_embeddings/": -2,
     }
 
     def __init__(self, config: BERTConfig, *, rngs: nnx.Rngs):

@@ -103,7 +103,7 @@ class GPT2(nnx.Module):
 
     # What tensor parallelism splits: hidden units, the vocabulary, and the rows of what
     # joins the heads (the columns before it are queries, keys and values side by side).
-    tensor_axes: ClassVar = {r"/c_fc/": -1, r"/c_proj/kernel$": 0, r"^wte/": 0}
+    tensor_axes: ClassVar = {r"/c_fc/": -1, r"/c_proj/kernel$": -2, r"^wte/": -2}
 
     def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs):
         self.config = config

@@ -209,7 +209,7 @@ class T5(nnx.Module):
     # What tensor parallelism splits: heads, hidden units, the vocabulary.
     tensor_axes: ClassVar = {
         r"/(q|k|v|wi|wi_0|wi_1)/|^lm_head/": -1,
-        r"/(o|wo)/|^shared/": 0,
+        r"/(o|wo)/|^shared/": -2,
     }
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
