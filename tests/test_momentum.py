@@ -1,5 +1,6 @@
 """Momentum stored in 16, 8 and 4 bits."""
 
+import functools
 import math
 from typing import Any
 
@@ -51,9 +52,10 @@ def matrix_axes(ndim: int) -> FactoredAxes:
     return FactoredAxes((ndim - 2,), (ndim - 1,)) if ndim > 1 else FactoredAxes()
 
 
-def round_trip(m: jax.Array, mu_dtype: str, axes: FactoredAxes | None = None) -> Any:
+@functools.partial(jax.jit, static_argnums=1)
+def round_trip(m: jax.Array, mu_dtype: str) -> Any:
     """Returns what the next step reads of momentum ``m``."""
-    axes = axes or matrix_axes(m.ndim)
+    axes = matrix_axes(m.ndim)
     stored = momentum.store(m, momentum.init(m, axes, mu_dtype), axes, mu_dtype)
     return momentum.load(stored, m, axes, mu_dtype)
 
@@ -103,8 +105,9 @@ def test_tiny_and_huge_values(size: float, mu_dtype: str) -> None:
 def test_bad_gradients_are_not_forgotten(bad: float, mu_dtype: str) -> None:
     grads = {"x": normal((64, 64))}
     tx = came(1e-3, mu_dtype=mu_dtype)
-    _, state = tx.update({"x": grads["x"].at[3, 5].set(bad)}, tx.init(grads), grads)
-    updates, _ = tx.update(grads, state, grads)
+    update = jax.jit(tx.update)
+    _, state = update({"x": grads["x"].at[3, 5].set(bad)}, tx.init(grads), grads)
+    updates, _ = update(grads, state, grads)
     assert not jnp.isfinite(updates["x"]).all()
 
 
@@ -117,6 +120,7 @@ def test_zero_rows_columns_and_leaves_stay_zero(mu_dtype: str) -> None:
     chex.assert_trees_all_equal(round_trip(0 * m, mu_dtype), 0 * m)
 
 
+@hypothesis.settings(max_examples=10)
 @hypothesis.given(
     shape=st.lists(st.integers(1, 9), min_size=1, max_size=4),
     mu_dtype=st.sampled_from(list(LARGEST_ERROR)),
@@ -185,14 +189,12 @@ GPT2_XL = {
     [("float32", 4.02), ("bfloat16", 2.03), ("int8", 1.05), ("int4", 0.55)],
 )
 def test_state_bytes_per_parameter(model: Any, mu_dtype: str, budget: float) -> None:
-    params = {
-        f"{shape} {i}": jax.ShapeDtypeStruct(shape, jnp.float32)
-        for shape, count in model.items()
-        for i in range(count)
-    }
-    state = jax.eval_shape(came(1e-3, mu_dtype=mu_dtype).init, params)
-    total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-    n = sum(p.size for p in params.values())
+    total = n = 0
+    for shape, count in model.items():
+        p = jax.ShapeDtypeStruct(shape, jnp.float32)
+        state = jax.eval_shape(came(1e-3, mu_dtype=mu_dtype).init, p)
+        arrays = [x.size * x.dtype.itemsize for x in jax.tree.leaves(state)]
+        total, n = total + count * sum(arrays), n + count * p.size
     assert n == {30522: 336_224_058, 50257: 1_557_611_200}[next(iter(model))[0]]
     assert total <= budget * n
 
@@ -213,27 +215,34 @@ def test_state_keeps_its_types(dtype: Any, rule: Any, mu_dtype: str) -> None:
 @quantized
 def test_only_what_is_stored_is_rounded(mu_dtype: str) -> None:
     params = {"kernel": normal((64, 65))}
-    exact = came(1e-3)
-    rounded = came(1e-3, mu_dtype=mu_dtype)
-    expected, _ = exact.update(params, exact.init(params), params)
-    updates, state = rounded.update(params, rounded.init(params), params)
-    chex.assert_trees_all_equal(updates, expected)
-    next_updates, _ = rounded.update(params, state, params)
-    with pytest.raises(AssertionError):
-        chex.assert_trees_all_equal(next_updates, expected)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def two_updates(grads: Any, mu_dtype: str) -> Any:
+        tx = came(1e-3, mu_dtype=mu_dtype)
+        first, state = tx.update(grads, tx.init(grads), grads)
+        return first, tx.update(grads, state, grads)[0]
+
+    first, second = two_updates(params, mu_dtype)
+    exact_first, exact_second = two_updates(params, "float32")
+    chex.assert_trees_all_close(first, exact_first, rtol=1e-5)
+    difference = second["kernel"] - exact_second["kernel"]
+    assert jnp.abs(difference).max() > 1e-4 * jnp.abs(second["kernel"]).max()
 
 
 @quantized
 def test_a_stack_is_its_layers(mu_dtype: str) -> None:
     layers = [{"kernel": normal((64, 64), seed=i) * 10.0**i} for i in range(3)]
     stack = jax.tree.map(lambda *x: jnp.stack(x), *layers)
-    tx = scale_by_confidence(mu_dtype=mu_dtype)
-    stacked = scale_by_confidence(mu_dtype=mu_dtype, factoring=Stacked())
-    _, state = stacked.update(stack, stacked.init(stack))
-    updates, _ = stacked.update(stack, state)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def two_updates(grads: Any, factoring: Any) -> Any:
+        tx = scale_by_confidence(mu_dtype=mu_dtype, factoring=factoring)
+        _, state = tx.update(grads, tx.init(grads))
+        return tx.update(grads, state)[0]
+
+    updates = two_updates(stack, Stacked())
     for i, layer in enumerate(layers):
-        _, state = tx.update(layer, tx.init(layer))
-        expected, _ = tx.update(layer, state)
+        expected = two_updates(layer, LastTwoAxes())
         chex.assert_trees_all_close(updates["kernel"][i], expected["kernel"], rtol=1e-5)
 
 
