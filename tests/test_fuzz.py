@@ -1,6 +1,7 @@
 """Any tree, rule and options: init and three updates keep structure and types."""
 
 import dataclasses
+import itertools
 import random
 from typing import Any, NamedTuple
 
@@ -168,8 +169,13 @@ def test_eager_updates(params: Any, wrapper: str, kwargs: Any) -> None:
     check(wrapper, kwargs, params, jitted=False)
 
 
+examples = itertools.count()
+
+
 @pytest.mark.nightly
 @given(params=trees, wrapper=wrappers, kwargs=options, jitted=st.booleans())
 @settings(max_examples=2_000)
 def test_nightly(params: Any, wrapper: str, kwargs: Any, jitted: bool) -> None:
+    if next(examples) % 50 == 0:
+        jax.clear_caches()  # They keep what each example compiled: gigabytes.
     check(wrapper, kwargs, params, jitted=jitted)
