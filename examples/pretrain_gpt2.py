@@ -79,7 +79,7 @@ def main() -> None:
         "pretrain_gpt2",
         __doc__,
         [ModelOptions, corpus.TextOptions, OptimizerOptions, TrainingOptions],
-        defaults={"learning_rate": 1e-2, "bias_correction": True},
+        defaults={"batch_size": 32, "learning_rate": 3e-3, "bias_correction": True},
     )
     task = make_task(model, text, training.seq_len)
     length = task.tokens_per_record

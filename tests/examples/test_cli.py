@@ -28,7 +28,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     Path("empty.txt").write_text("")
     Path("short.txt").write_text("So short.\nReally.")
     Path("latin1.txt").write_bytes("Umlaute: äöü".encode("latin1"))
-    mini = dataclasses.replace(gpt2.SIZES["tiny"], n_embd=64, n_layer=1)
+    mini = dataclasses.replace(gpt2.SIZES["tiny"], n_layer=1)
     monkeypatch.setitem(gpt2.SIZES, "tiny", mini)
     with jax.numpy_dtype_promotion("standard"):  # For optax's schedules.
         yield

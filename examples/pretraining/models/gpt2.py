@@ -35,9 +35,7 @@ class GPT2Config:
 
 SIZES = {
     "nano": GPT2Config(vocab_size=512, n_positions=64, n_embd=64, n_layer=2, n_head=2),
-    "tiny": GPT2Config(
-        vocab_size=512, n_positions=128, n_embd=128, n_layer=4, n_head=4
-    ),
+    "tiny": GPT2Config(vocab_size=512, n_positions=128, n_embd=96, n_layer=2, n_head=3),
     "small": GPT2Config(),
     "medium": GPT2Config(n_embd=1024, n_layer=24, n_head=16),
     "large": GPT2Config(n_embd=1280, n_layer=36, n_head=20),
