@@ -44,10 +44,6 @@ class Summary:
         return self.good_range[1] / self.good_range[0]
 
     @property
-    def update_share(self) -> float:
-        return self.cost["update_ms"] / self.cost["step_ms"]
-
-    @property
     def metrics(self) -> list[str]:
         """The names of what was measured on held-out text, the loss first."""
         names = {name for row in self.runs[0].rows for name in row}

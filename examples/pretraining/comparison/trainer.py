@@ -137,7 +137,7 @@ class Trainer:
 
         grads, opt_state = jax.tree.map(jnp.ones_like, params), tx.init(params)
         step_times, update_times = [], []
-        for _ in range(40):
+        for _ in range(150):
             began = time.perf_counter()
             jax.block_until_ready(update(grads, opt_state, params))
             update_times.append(time.perf_counter() - began)
