@@ -48,7 +48,9 @@ def draw(path: Path, title: str, summaries: Sequence[Summary]) -> None:
     axes[0].set(xlabel="step", ylabel="validation loss (nats per token)")
     axes[0].set_title("at the best learning rate, mean of the seeds", fontsize=10)
     axes[1].set(xlabel="peak learning rate", xscale="log")
-    axes[1].set_title("after all steps, one seed; ring: best mean of the seeds", fontsize=10)
+    axes[1].set_title(
+        "after all steps, one seed; ring: best mean of the seeds", fontsize=10
+    )
     axes[2].set(xlabel="optimizer state (bytes per parameter)", xlim=(-0.5, 9))
     axes[2].set_title("after all steps, mean and spread of the seeds", fontsize=10)
     figure.suptitle(title)
