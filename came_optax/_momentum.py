@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from came_optax import _quantization as quantization
 from came_optax._checks import KeyPath, Shape, path_name
 from came_optax._factoring import FactoredAxes
-from came_optax._statistics import real_dtype
+from came_optax._statistics import init_statistic, real_dtype
 
 _DTYPES = ("float32", "bfloat16", "int8", "int4")
 _BITS = {"int8": 8, "int4": 4}
@@ -44,16 +44,14 @@ def init(p: Any, axes: FactoredAxes, mu_dtype: str) -> Stored:
 
     Complex momentum has no narrow dtype and stays complex64 or complex128.
     """
-    dtype = real_dtype(p.dtype)
-    stored = Stored(
-        jnp.zeros_like(p, dtype=_stored_dtype(p, mu_dtype)),
-        jnp.zeros((1,), dtype),
-        jnp.zeros((1,), dtype),
-    )
-    if not _is_quantized(p, mu_dtype):
-        return stored
-    like = jax.eval_shape(lambda p: store(p.astype(dtype), stored, axes, mu_dtype), p)
-    return Stored(*(jnp.zeros(x.shape, x.dtype, device=x.sharding) for x in like))
+    mu = jnp.zeros_like(p, dtype=_stored_dtype(p, mu_dtype))
+    reduced: tuple[tuple[int, ...] | None, ...] = (None, None)
+    if _is_quantized(p, mu_dtype):
+        reduced = quantization.reductions(axes, p.ndim)
+        if mu_dtype == "int4":
+            packed = jax.eval_shape(quantization.pack, mu)
+            mu = jnp.zeros(packed.shape, packed.dtype, device=packed.sharding)
+    return Stored(mu, *(init_statistic(p, max_over) for max_over in reduced))
 
 
 def check(

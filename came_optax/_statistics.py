@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from came_optax._checks import KeyPath, Shape, path_name
 from came_optax._factoring import FactoredAxes
@@ -62,6 +63,21 @@ def for_second_mean(x: jax.Array, same: jax.Array) -> jax.Array:
     return again
 
 
+def in_turn(x: jax.Array, before: jax.Array) -> jax.Array:
+    """Returns ``x``, but on CPUs not before the statistic ``before`` is known.
+
+    There XLA would work on all leaves at once, and hold temporaries for each. It waits
+    because it cannot know that no statistic is negative.
+    """
+    waiting: jax.Array = jax.lax.platform_dependent(
+        x,
+        before,
+        cpu=lambda x, before: jnp.where(jnp.min(before) < 0, jnp.nan, x),
+        default=lambda x, before: x,
+    )
+    return waiting
+
+
 def reductions(
     axes: FactoredAxes,
 ) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None, tuple[int, ...] | None]:
@@ -77,8 +93,12 @@ def init_statistic(p: Any, mean_over: tuple[int, ...] | None) -> jax.Array:
     dtype = real_dtype(p.dtype)
     if mean_over is None:
         return jnp.zeros((1,), dtype)
-    like = jax.eval_shape(lambda p: jnp.mean(jnp.real(p), mean_over, dtype), p)
-    return jnp.zeros(like.shape, like.dtype, device=like.sharding)
+    kept = [axis for axis in range(p.ndim) if axis not in mean_over]
+    shape = tuple(p.shape[axis] for axis in kept)
+    # The type of the mean: jax.eval_shape would say so too, in a millisecond a leaf.
+    sharding = jax.typeof(p).sharding
+    spec = PartitionSpec(*(sharding.spec[axis] for axis in kept))
+    return jnp.zeros(shape, dtype, device=NamedSharding(sharding.mesh, spec))
 
 
 def check_statistic(
