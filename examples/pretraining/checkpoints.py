@@ -7,6 +7,7 @@ drops an older one only then: what is there is complete, whenever the process di
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,11 @@ class Checkpoints:
             state=ocp.args.StandardSave(state._asdict()),
             about=ocp.args.JsonSave(about | {"layout": _layout(state)}),
         )
+        report = sys.unraisablehook
+        sys.unraisablehook = _except_closed_loops(report)
         try:
             self._manager.save(step, args=args)
+            sys.unraisablehook = report
         except (ValueError, OSError) as error:  # TensorStore raises ValueError.
             kept = self.latest_step
             raise UserError(
@@ -112,6 +116,20 @@ def _layout(state: Mapping[str, Any] | TrainState) -> dict[str, str]:
         )
         for path, leaf in jax.tree.leaves_with_path(state)
     }
+
+
+def _except_closed_loops(report: Callable[[Any], object]) -> Callable[[Any], object]:
+    """Wraps `sys.unraisablehook` to be silent about writes that outlive a failed save.
+
+    Orbax closes its event loop when the first array fails. TensorStore then ends the
+    others, in its own threads and for a while after, with a traceback each.
+    """
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            report(unraisable)
+
+    return hook
 
 
 def _reason(error: Exception) -> str:
