@@ -14,7 +14,9 @@ from came_optax._factoring import (
     LastTwoAxes,
     Stacked,
 )
+from came_optax._memory import StateMemory, state_memory
 from came_optax._sharding import state_sharding
+from came_optax._stochastic_rounding import stochastic_apply_updates
 from came_optax._version import __version__
 
 __all__ = [
@@ -26,10 +28,13 @@ __all__ = [
     "ScaleByConfidenceState",
     "ScaleByFactoredMomentState",
     "Stacked",
+    "StateMemory",
     "__version__",
     "came",
     "scale_by_came",
     "scale_by_confidence",
     "scale_by_factored_moment",
+    "state_memory",
     "state_sharding",
+    "stochastic_apply_updates",
 ]

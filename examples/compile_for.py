@@ -23,7 +23,7 @@ from pretraining.errors import UserError
 from pretraining.models import bert, gpt2, t5
 from pretraining.optimizers import OptimizerOptions, make_optimizer, make_schedule
 from pretraining.options import option, positive_int
-from pretraining.task import Task
+from pretraining.task import Task, with_param_dtype
 
 SIZES = {"gpt2": gpt2.SIZES, "bert": bert.SIZES, "t5": t5.SIZES}
 
@@ -47,6 +47,11 @@ class CompileOptions:
     )
     accumulate: int = option(
         1, "parts that a batch is computed in, to save memory", type=positive_int
+    )
+    param_dtype: str = option(
+        "float32",
+        "that parameters are stored in; updates are rounded to it stochastically",
+        choices=("float32", "bfloat16"),
     )
     mesh: Mapping[str, int] | None = option(
         None,
@@ -107,6 +112,7 @@ def main() -> None:
     batch_size = options.batch_size or chips * options.accumulate
     devices.check_batch_size(batch_size, options.accumulate, mesh)
     task, record = make_task(options.task, options.size, options.seq_len)
+    task = with_param_dtype(task, options.param_dtype)
     axes = ", ".join(f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1)
     print(
         f"{task.name}, {batch_size} sequences of {task.tokens_per_record} tokens, "

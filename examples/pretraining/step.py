@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from came_optax import state_sharding
+from came_optax import state_sharding, stochastic_apply_updates
 from pretraining import devices
 from pretraining.sharding import make_gather, param_shardings
 from pretraining.task import Batch, Mean, Task
@@ -100,9 +100,11 @@ def make_train_step(
         (grads, means), _ = jax.lax.scan(
             add_part, zeros, (jnp.arange(accumulate), parts)
         )
-        grads = jax.tree.map(lambda g: g / means["loss"].count, grads)
+        count = means["loss"].count
+        grads = jax.tree.map(lambda g: (g / count).astype(g.dtype), grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        rounding = jax.random.fold_in(key, accumulate)
+        params = stochastic_apply_updates(state.params, updates, rounding)
         metrics = {name: mean.total / mean.count for name, mean in means.items()}
         metrics["gradient_norm"] = optax.tree.norm(grads)
         return TrainState(state.step + 1, params, opt_state), metrics

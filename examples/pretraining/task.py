@@ -50,3 +50,15 @@ class Task:
     references: Mapping[str, float] = dataclasses.field(default_factory=dict)
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def with_param_dtype(task: Task, dtype: str) -> Task:
+    """Returns the task with its model's parameters stored in this dtype."""
+
+    def make_model(rngs: nnx.Rngs) -> nnx.Module:
+        model = task.make_model(rngs)
+        params = nnx.state(model, nnx.Param)
+        nnx.update(model, jax.tree.map(lambda p: p.astype(dtype), params))
+        return model
+
+    return dataclasses.replace(task, make_model=make_model)

@@ -24,7 +24,7 @@ from pretraining.progress import Progress, Throughput
 from pretraining.runs import RunOptions
 from pretraining.step import make_eval_step, make_init, make_train_step, merge
 from pretraining.summary import Result, state_bytes
-from pretraining.task import Record, Task
+from pretraining.task import Record, Task, with_param_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,11 @@ class TrainingOptions:
     )
     accumulate: int = option(
         1, "parts that a batch is computed in, to save memory", type=positive_int
+    )
+    param_dtype: str = option(
+        "float32",
+        "that parameters are stored in; updates are rounded to it stochastically",
+        choices=("float32", "bfloat16"),
     )
     mesh: Mapping[str, int] | None = option(
         None,
@@ -79,6 +84,7 @@ class Trainer:
         training: TrainingOptions,
         run: RunOptions,
     ):
+        task = with_param_dtype(task, training.param_dtype)
         self.task, self.optimizer, self.training = task, optimizer, training
         self.folder = Path(run.output)
         self.mesh = devices.make_mesh(training.mesh)
@@ -108,7 +114,10 @@ class Trainer:
             if task.pretrained is not None:
                 of_params = jax.tree.map(lambda p: p.sharding, self.state.params)
                 params = task.pretrained(self.state.params)
-                params = jax.device_put(params, of_params)
+                params = jax.tree.map(
+                    lambda new, p, place: jax.device_put(new.astype(p.dtype), place),
+                    *(params, self.state.params, of_params),
+                )
                 self.state = self.state._replace(params=params)
         if devices.is_first_process():
             for name, content in task.files.items():
