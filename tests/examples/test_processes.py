@@ -1,0 +1,133 @@
+"""Two processes of four devices train as one process of eight does."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import chex
+import jax
+import orbax.checkpoint as ocp
+import pytest
+
+from pretraining import metrics
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "examples" / "pretrain_gpt2.py"
+OPTIONS = (
+    *("--text", "text.txt", "--vocab-size", "300", "--size", "nano", "--seq-len", "8"),
+    *("--batch-size", "16", "--steps", "20", "--learning-rate", "1e-3"),
+    *("--mesh", "data=2,fsdp=4", "--log-every", "1", "--eval-every", "20"),
+    *("--checkpoint-every", "10"),
+)
+SECONDS = 120  # Then all are killed: a process that waits for another hangs.
+
+
+def pretrain(processes: int, folder: Path, *options: str) -> list[str]:
+    """Runs the example in several processes at once; returns what each prints."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "XDG_CACHE_HOME": str(folder.parent / "cache"),
+        "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}",
+    }
+    started, logs = [], []
+    try:
+        for index in range(processes):
+            if processes > 1:
+                environment |= {
+                    "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+                    "JAX_NUM_PROCESSES": str(processes),
+                    "JAX_PROCESS_ID": str(index),
+                }
+            # Files, since one that nobody reads from would block at a full pipe.
+            logs.append((tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")))
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, str(SCRIPT), "--output", str(folder), *options],
+                    cwd=folder.parent,
+                    env=environment,
+                    stdout=logs[-1][0],
+                    stderr=logs[-1][1],
+                )
+            )
+        for process in started:
+            process.wait(SECONDS)
+    except subprocess.TimeoutExpired:
+        pass  # Seen below by its return code.
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    printed = [[read_and_close(file) for file in pair] for pair in logs]
+    codes = [process.returncode for process in started]
+    assert not any(codes), f"exit codes {codes}:\n" + "\n".join(e for _, e in printed)
+    return [output for output, _ in printed]
+
+
+def read_and_close(file) -> str:
+    with file:
+        file.seek(0)
+        return file.read()
+
+
+def read_run(folder: Path, like=None) -> tuple[dict[str, list[float]], dict]:
+    """Returns the losses of a run, and the arrays of its last checkpoint.
+
+    What other processes saved takes arrays `like` it to be loaded into this one.
+    """
+    rows = metrics.read(folder)
+    losses = {
+        name: [row[name] for row in rows if name in row]
+        for name in ("step", "loss", "validation_loss")
+    }
+    with ocp.StandardCheckpointer() as checkpointer:
+        saved = checkpointer.restore(folder / "checkpoints" / "20" / "state", like)
+    return losses, jax.device_get(saved)
+
+
+def matrices(params) -> list:
+    return [p for p in jax.tree.leaves(params) if p.ndim > 1]
+
+
+@pytest.mark.nightly
+def test_either_goes_on_where_the_other_stopped(tmp_path: Path):
+    sentences = (f"Sentence {i} says {i * i} times {i % 7}.\n" for i in range(500))
+    (tmp_path / "text.txt").write_text("".join(sentences))
+    folders = {1: tmp_path / "one", 2: tmp_path / "two"}
+    (alone,) = pretrain(1, folders[1], *OPTIONS)
+    first, second = pretrain(2, folders[2], *OPTIONS)
+    assert "validation loss" in alone and "validation loss" in first
+    assert not [line for line in second.splitlines() if "Gloo" not in line]
+
+    losses, state = read_run(folders[1])
+    assert losses["step"] == [*range(1, 21), 20]
+    assert losses["loss"][-1] < losses["loss"][0] - 1
+    expected = [*losses["loss"], *losses["validation_loss"]]
+
+    def check(folder: Path) -> None:
+        found, found_state = read_run(folder, like=state)
+        assert found["step"] == losses["step"]
+        assert [*found["loss"], *found["validation_loss"]] == pytest.approx(
+            expected, rel=1e-5
+        )
+        chex.assert_trees_all_equal_shapes_and_dtypes(found_state, state)
+        # Gradients of the keys' biases are rounding alone, which CAME scales up.
+        chex.assert_trees_all_close(
+            *(matrices(tree["params"]) for tree in (found_state, state)), atol=1e-4
+        )
+
+    check(folders[2])
+    for before, after in (1, 2), (2, 1):
+        resumed = tmp_path / f"resumed-by-{after}"
+        shutil.copytree(folders[before], resumed)
+        shutil.rmtree(resumed / "checkpoints" / "20")
+        pretrain(after, resumed, "--resume")
+        check(resumed)
