@@ -2,10 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
-
-import jax
-import optax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +50,3 @@ class Result:
 
     def _memory(self, size: int) -> str:
         return f"{size:,} bytes, {size / self.parameters:.2f} per parameter"
-
-
-def state_bytes(tx: optax.GradientTransformation, params: Any) -> int:
-    """Bytes of the optimizer's state, without allocating it."""
-    leaves = jax.tree.leaves(jax.eval_shape(tx.init, params))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)

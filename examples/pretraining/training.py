@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import optax
 
+from came_optax import state_memory
 from pretraining import devices, metrics, pipeline, plots, runs
 from pretraining.checkpoints import Checkpoints
 from pretraining.errors import Diverged, Interrupted, UserError
@@ -23,7 +24,7 @@ from pretraining.options import option, positive_int
 from pretraining.progress import Progress, Throughput
 from pretraining.runs import RunOptions
 from pretraining.step import make_eval_step, make_init, make_train_step, merge
-from pretraining.summary import Result, state_bytes
+from pretraining.summary import Result
 from pretraining.task import Record, Task, with_param_dtype
 
 
@@ -235,8 +236,8 @@ class Trainer:
             },
             references=self.task.references,
             parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
-            optimizer_bytes=state_bytes(self.tx, params),
-            adamw_bytes=state_bytes(optax.adamw(self.schedule), params),
+            optimizer_bytes=state_memory(self.tx, params).total,
+            adamw_bytes=state_memory(optax.adamw(self.schedule), params).total,
         )
         write_atomically(
             self.folder / "summary.json",

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import compare_optimizers
+from came_optax import state_memory
 from pretraining import devices, pipeline, step
 from pretraining.comparison import runs, search
 from pretraining.comparison.methods import METHODS
@@ -21,7 +22,6 @@ from pretraining.errors import UserError
 from pretraining.models import gpt2
 from pretraining.optimizers import OptimizerOptions, make_optimizer, make_schedule
 from pretraining.pipeline import Windows
-from pretraining.summary import state_bytes
 from pretraining.task import Task
 
 SETTINGS = Settings(20, 8, evaluations=2, eval_batches=1, log_every=10)
@@ -214,8 +214,7 @@ def test_optimizers_train_and_keep_what_they_should(
     assert last < first
     params = jax.eval_shape(lambda: nnx.state(task.make_model(nnx.Rngs(0)), nnx.Param))
     tx = make_optimizer(trainer.options, make_schedule(trainer.options, 20))
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-    assert least <= state_bytes(tx, params) / parameters <= most + 0.1
+    assert least <= state_memory(tx, params).bytes_per_param <= most + 0.1
 
 
 def compare(task: Task, folder, *arguments: str) -> None:

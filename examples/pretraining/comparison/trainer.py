@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from came_optax import state_memory
 from pretraining import devices, pipeline
 from pretraining.comparison.methods import Method
 from pretraining.comparison.runs import Run
@@ -23,7 +24,6 @@ from pretraining.step import (
     make_train_step,
     state_shardings,
 )
-from pretraining.summary import state_bytes
 from pretraining.task import Task
 
 
@@ -147,7 +147,7 @@ class Trainer:
         parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
         return {
             "parameters": parameters,
-            "state_bytes_per_parameter": state_bytes(tx, params) / parameters,
+            "state_bytes_per_parameter": state_memory(tx, params).bytes_per_param,
             "step_ms": round(1e3 * min(step_times), 3),
             "update_ms": round(1e3 * min(update_times), 3),
         }
