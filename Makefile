@@ -46,7 +46,7 @@ docs: $(stamp)-docs ## Build the documentation into docs/_build/html
 	$(python) -m sphinx -W --keep-going -b html docs docs/_build/html
 
 .PHONY: bench
-bench: $(stamp)-examples ## Run every benchmark; results go to benchmarks/results
+bench: $(stamp)-examples $(stamp)-tpu ## Run every benchmark; results go to benchmarks/results
 	for script in benchmarks/*.py; do $(python) $$script || exit 1; done
 
 .PHONY: clean

@@ -1,0 +1,88 @@
+"""How much memory does an update move on accelerators?
+
+Compiles the update of a GPT-2 for a chip that need not be there, and counts the bytes
+that its kernels read from and write to the chip's memory. The count must be exactly 12
+bytes per parameter for SGD and 28 for AdamW. TPUs need the `tpu` extra, the H100 JAX's
+CUDA plugin. One chip a run:
+
+    python benchmarks/compiled_traffic.py --chip v5e
+"""
+
+import argparse
+import pathlib
+import sys
+import time
+from typing import Any
+
+import jax
+import optax
+import tqdm
+from measuring import hlo, output, updates
+
+from pretraining.errors import UserError
+from pretraining.models import gpt2
+from pretraining.topologies import target
+
+CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "h100": "h100:1"}
+EXACT = {"SGD": 12.0, "AdamW": 28.0}  # Bytes per parameter.
+
+
+def measure(
+    tx: optax.GradientTransformation, params: Any, device: jax.Device
+) -> dict[str, Any]:
+    """Compiles one update of ``params`` for a device and returns what it takes."""
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        (params, jax.eval_shape(tx.init, params), params),
+    )
+    lowered = updates.make_update(tx).lower(*arguments)
+    began = time.perf_counter()
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - began
+    found = hlo.traffic(compiled.as_text())
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    return {
+        "bytes/parameter": round(found.hbm_bytes / updates.number(params), 2),
+        "kernels": found.kernels,
+        "temporaries (MB)": round(temporaries / 1e6, 1),
+        "compiled in (s)": round(seconds, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--chip", choices=CHIPS, default="v5e")
+    parser.add_argument("--size", choices=gpt2.SIZES, default="small")
+    parser.add_argument(
+        "--optimizers", nargs="+", default=list(updates.OPTIMIZERS), metavar="NAME"
+    )
+    parser.add_argument("--output", type=pathlib.Path, default=output.DEFAULT)
+    args = parser.parse_args()
+
+    try:
+        device = target(CHIPS[args.chip]).devices[0]
+    except UserError as error:
+        sys.exit(str(error))
+    params = updates.gpt2_shapes(args.size)
+    rows = [
+        {args.chip: name} | measure(updates.OPTIMIZERS[name], params, device)
+        for name in tqdm.tqdm(args.optimizers, unit="optimizer")
+    ]
+    output.write(
+        args.output,
+        f"compiled_traffic_{args.chip}",
+        rows,
+        model=f"gpt2 {args.size}",
+        parameters=updates.number(params),
+        largest_leaf_bytes=max(4 * p.size for p in jax.tree.leaves(params)),
+        jax=jax.__version__,
+    )
+    for row in rows:
+        exact = EXACT.get(row[args.chip])
+        if exact not in (None, row["bytes/parameter"]):
+            sys.exit(f"{row[args.chip]} must move {exact} bytes per parameter")
+
+
+if __name__ == "__main__":
+    main()

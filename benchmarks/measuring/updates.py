@@ -1,0 +1,63 @@
+"""The optimizers and the parameters that updates are measured with."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from came_optax import came
+from pretraining.models import bert, gpt2
+
+OPTIMIZERS = {
+    "SGD": optax.sgd(1e-3),
+    "AdamW": optax.adamw(1e-3, weight_decay=0.1),
+    "Adafactor": optax.adafactor(1e-3),
+    "Adafactor, momentum": optax.adafactor(1e-3, momentum=0.9),
+} | {
+    f"CAME, {dtype}": came(1e-3, weight_decay=0.1, mu_dtype=dtype)
+    for dtype in ("float32", "bfloat16", "int8", "int4")
+}
+
+
+def gpt2_shapes(size: str = "small") -> Any:
+    """Returns the shapes of a GPT-2's parameters, a leaf for each layer's."""
+    config = gpt2.SIZES[size]
+    return _shapes(lambda: gpt2.GPT2(config, rngs=nnx.Rngs(0)))
+
+
+def bert_shapes(size: str = "base") -> Any:
+    """Returns the shapes of a BERT's parameters, a leaf for each layer's."""
+    config = bert.SIZES[size]
+    return _shapes(lambda: bert.MaskedLM(config, rngs=nnx.Rngs(0)))
+
+
+def small_shapes(leaves: int = 1000) -> Any:
+    """Returns the shapes of many small matrices and vectors in turn."""
+    shapes = [(32, 32), (32,)]
+    return [
+        jax.ShapeDtypeStruct(shapes[i % len(shapes)], jnp.float32)
+        for i in range(leaves)
+    ]
+
+
+def number(params: Any) -> int:
+    """Returns how many parameters there are."""
+    return sum(p.size for p in jax.tree.leaves(params))
+
+
+def make_update(tx: optax.GradientTransformation) -> Any:
+    """Returns a jitted ``(params, state, grads) -> (params, state)`` that donates."""
+
+    def update(params: Any, state: Any, grads: Any) -> Any:
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return jax.jit(update, donate_argnums=(0, 1))
+
+
+def _shapes(make_model: Callable[[], nnx.Module]) -> Any:
+    params = nnx.to_pure_dict(nnx.state(nnx.eval_shape(make_model), nnx.Param))
+    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
