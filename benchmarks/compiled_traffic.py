@@ -37,16 +37,16 @@ def measure(
         (params, jax.eval_shape(tx.init, params), params),
     )
     lowered = updates.make_update(tx).lower(*arguments)
-    began = time.perf_counter()
+    began = time.process_time()
     compiled = lowered.compile()
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     found = hlo.traffic(compiled.as_text())
     temporaries = compiled.memory_analysis().temp_size_in_bytes
     return {
         "bytes/parameter": round(found.hbm_bytes / updates.number(params), 2),
         "kernels": found.kernels,
         "temporaries (MB)": round(temporaries / 1e6, 1),
-        "compiled in (s)": round(seconds, 1),
+        "compiled in (CPU s)": round(seconds, 1),
     }
 
 
