@@ -23,7 +23,8 @@ class StateMemory:
     Attributes:
       total: bytes of all arrays of the state.
       num_params: numbers in the parameters.
-      adamw: bytes of ``optax.adamw``'s state for the same parameters.
+      adamw: bytes of ``optax.adamw``'s state for the same parameters, which has their
+        dtypes.
       by_dtype: bytes for each dtype.
       by_module: bytes for each top-level key of the parameters, below those that all
         share.
@@ -66,7 +67,8 @@ def state_memory(tx: optax.GradientTransformation, params: Any) -> StateMemory:
 
     Works for every Optax transformation, however chained and wrapped, and for
     parameters that are shapes only. A state array belongs to the parameter whose path
-    its own path ends with.
+    its own path ends with. It traces ``tx.init``, a tenth of a millisecond or so for
+    each array of the state, whatever its size: milliseconds for stacked layers.
 
     Args:
       tx: the optimizer.
@@ -90,24 +92,26 @@ def state_memory(tx: optax.GradientTransformation, params: Any) -> StateMemory:
       AdamW      67,108,864  268,435,460        4.000
     """
     state = jax.eval_shape(tx.init, params)
-    adamw = jax.eval_shape(optax.adamw(0.0).init, params)
-    num_params = {path: x.size for path, x in jax.tree.leaves_with_path(params)}
-    depth = 1 + _shared_keys(list(num_params))
+    leaves = dict(jax.tree.leaves_with_path(params))
+    depth = 1 + _shared_keys(list(leaves))
+    names: dict[KeyPath | None, tuple[str, str]] = {None: (_OTHER, _OTHER)}
+    params_by_module: collections.Counter[str] = collections.Counter()
+    for path, p in leaves.items():
+        names[path] = path_name(path), path_name(path[:depth])
+        params_by_module[names[path][1]] += p.size
     by_leaf: collections.Counter[str] = collections.Counter()
     by_module: collections.Counter[str] = collections.Counter()
     by_dtype: collections.Counter[str] = collections.Counter()
     for path, x in jax.tree.leaves_with_path(state):
-        owner = _owner(path, num_params)
-        by_leaf[_OTHER if owner is None else path_name(owner)] += _bytes(x)
-        by_module[_OTHER if owner is None else path_name(owner[:depth])] += _bytes(x)
+        leaf, module = names[_owner(path, leaves)]
+        by_leaf[leaf] += _bytes(x)
+        by_module[module] += _bytes(x)
         by_dtype[str(x.dtype)] += _bytes(x)
-    params_by_module: collections.Counter[str] = collections.Counter()
-    for path, size in num_params.items():
-        params_by_module[path_name(path[:depth])] += size
     return StateMemory(
         total=by_dtype.total(),
         num_params=params_by_module.total(),
-        adamw=sum(map(_bytes, jax.tree.leaves(adamw))),
+        # Two moments in the parameters' dtypes, and an int32 counter.
+        adamw=2 * sum(map(_bytes, leaves.values())) + 4,
         by_dtype=dict(by_dtype.most_common()),
         by_module=dict(by_module.most_common()),
         by_leaf=dict(by_leaf.most_common()),
