@@ -1,5 +1,10 @@
 """Sphinx configuration; `make docs` builds the site."""
 
+import pathlib
+import re
+
+from sphinx.errors import ExtensionError
+
 import came_optax
 
 project = "came-optax"
@@ -10,12 +15,16 @@ version = release = came_optax.__version__
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
 ]
 exclude_patterns = ["_build", "results"]
+templates_path = ["_templates"]
 myst_enable_extensions = ["dollarmath"]
-nb_execution_mode = "off"
+nb_execution_mode = "force"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 600  # seconds
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
@@ -25,3 +34,8 @@ napoleon_use_ivar = True
 
 html_theme = "sphinx_book_theme"
 html_title = "came-optax"
+
+_api = (pathlib.Path(__file__).parent / "api.md").read_text(encoding="utf-8")
+_listed = set(re.findall(r"^   (\w+)$", _api, flags=re.M))
+if missing := set(came_optax.__all__) - {"__version__"} - _listed:
+    raise ExtensionError(f"api.md lacks {', '.join(sorted(missing))}")

@@ -18,7 +18,7 @@ from pathlib import Path
 from pretraining import cli, corpus
 from pretraining.comparison import runs, search
 from pretraining.comparison.figures import draw
-from pretraining.comparison.methods import COMPARISON, METHODS, STUDY
+from pretraining.comparison.methods import COMPARISON, METHODS, STORAGE, STUDY
 from pretraining.comparison.summary import summarize
 from pretraining.comparison.table import make_table
 from pretraining.comparison.trainer import Settings, Trainer
@@ -28,10 +28,11 @@ from pretraining.options import option, positive_int
 from pretraining.task import Task
 
 LOG_EVERY = 10
-# What has a table and plots of its own. Those of the study begin with what it varies.
+# What has a table and plots of its own, beginning with what it varies.
 GROUPS = {
     "comparison": COMPARISON,
     "study": ("adamw", "came", "came-bc", "came-bc-clip-1", *STUDY),
+    "storage": ("adamw", "came-bc-b2-0.95-eps2-0.1-clip-1", *STORAGE),
 }
 
 

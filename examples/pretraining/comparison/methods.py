@@ -55,14 +55,17 @@ COMPARISON = {
     "muon": _method("Muon", "muon", 1e-2),
 }
 
+# What docs/learning-rate.md recommends.
+_RECOMMENDED: dict[str, Any] = {
+    "bias_correction": True,
+    "b2": 0.95,
+    "eps2": 0.1,
+    "update_clipping_threshold": 1.0,
+}
+
 STUDY = {
     "came-bc-b2-0.95-eps2-0.1-clip-1": _came(
-        "CAME, bias-corrected, β2 0.95, ε2 0.1, update clip 1",
-        3e-3,
-        bias_correction=True,
-        b2=0.95,
-        eps2=0.1,
-        update_clipping_threshold=1.0,
+        "CAME, bias-corrected, β2 0.95, ε2 0.1, update clip 1", 3e-3, **_RECOMMENDED
     ),
     "came-bc-b2-0.95-clip-1": _came(
         "CAME, bias-corrected, β2 0.95, update clip 1",
@@ -90,4 +93,14 @@ STUDY = {
     "came-clip-2": _came("CAME, update clip 2", 3e-3, update_clipping_threshold=2.0),
 }
 
-METHODS = COMPARISON | STUDY
+STORAGE = {
+    f"came-{mu_dtype}": _came(
+        f"CAME, recommended, {mu_dtype} momentum",
+        3e-3,
+        **_RECOMMENDED,
+        mu_dtype=mu_dtype,
+    )
+    for mu_dtype in ("bfloat16", "int8", "int4")
+}
+
+METHODS = COMPARISON | STUDY | STORAGE
