@@ -1,0 +1,123 @@
+"""What share of a training step is the optimizer?
+
+On the CPU, the share of the time of a GPT-2 tiny's step that the update alone takes,
+both timed in turn. For a chip that need not be there, the share of the operations and
+of the bytes that XLA counts in the compiled step of a GPT-2 small:
+
+    python benchmarks/optimizer_share.py
+    python benchmarks/optimizer_share.py --chip v5e
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import statistics
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from compiled_traffic import CHIPS
+from measuring import output, updates
+from update import time_in_turn
+
+from pretraining import devices
+from pretraining.errors import UserError
+from pretraining.models import gpt2
+from pretraining.step import make_init, make_train_step, state_shapes
+from pretraining.task import Task
+from pretraining.topologies import target
+
+OPTIMIZERS = ("AdamW", "CAME, float32", "CAME, int8")
+
+
+def make_task(size: str, dtype: Any) -> Task:
+    """Returns the examples' language modelling, without data."""
+    config = dataclasses.replace(gpt2.SIZES[size], dtype=dtype)
+    return Task(
+        name=f"gpt2 {size}",
+        make_model=lambda rngs: gpt2.GPT2(config, rngs=rngs),
+        loss_fn=gpt2.next_token_loss,
+        train=(),
+        validation=(),
+        tokens_per_record=config.n_positions,
+    )
+
+
+def compiled_share(
+    tx: optax.GradientTransformation, batch_size: int, device: jax.Device
+) -> dict[str, Any]:
+    """Compares the costs of a GPT-2 small's update with those of its step."""
+    task, mesh = make_task("small", jnp.bfloat16), devices.make_mesh({}, [device])
+    state = state_shapes(task, tx, mesh)
+    sharding = jax.sharding.NamedSharding(mesh, devices.BATCH)
+    tokens = (batch_size, task.tokens_per_record + 1)
+    batch = {
+        "tokens": jax.ShapeDtypeStruct(tokens, jnp.int32, sharding=sharding),
+        "weight": jax.ShapeDtypeStruct(tokens[:1], jnp.float32, sharding=sharding),
+    }
+    step = make_train_step(task, tx, 1, 0, mesh).lower(state, batch)
+    update = updates.make_update(tx).lower(state.params, state.opt_state, state.params)
+    of_step, of_update = (low.compile().cost_analysis() for low in (step, update))
+    return {
+        f"{kind} (%)": f"{100 * of_update[key] / of_step[key]:.2f}"
+        for kind, key in {"operations": "flops", "bytes": "bytes accessed"}.items()
+    }
+
+
+def timed_share(
+    tx: optax.GradientTransformation, batch_size: int, rounds: int
+) -> dict[str, Any]:
+    """Compares the times of a GPT-2 tiny's update and of its step on this machine."""
+    task, mesh = make_task("tiny", jnp.float32), devices.make_mesh()
+    tokens = jnp.zeros((batch_size, task.tokens_per_record + 1), jnp.int32)
+    batch = {"tokens": tokens, "weight": jnp.ones(batch_size)}
+    train_step = make_train_step(task, tx, 1, 0, mesh)
+    state = make_init(task, tx, 0, mesh)()
+    params, opt_state, grads = jax.tree.map(
+        jnp.copy, (state.params, state.opt_state, state.params)
+    )
+    update_alone = updates.make_update(tx)
+
+    def step() -> None:
+        nonlocal state
+        state, _ = jax.block_until_ready(train_step(state, batch))
+
+    def update() -> None:
+        nonlocal params, opt_state
+        new = update_alone(params, opt_state, grads)
+        params, opt_state = jax.block_until_ready(new)
+
+    seconds = time_in_turn({"step": step, "update": update}, rounds)
+    medians = {name: 1e3 * statistics.median(s) for name, s in seconds.items()}
+    return {f"{name} (ms)": f"{ms:.1f}" for name, ms in medians.items()} | {
+        "time (%)": f"{100 * medians['update'] / medians['step']:.1f}"
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--chip", choices=["cpu", *CHIPS], default="cpu")
+    parser.add_argument("--batch-size", type=int, help="default: 32 on CPU, or 4")
+    parser.add_argument("--rounds", type=int, default=20, help="on CPU")
+    parser.add_argument("--output", type=pathlib.Path, default=output.DEFAULT)
+    args = parser.parse_args()
+
+    rows = []
+    for name in OPTIMIZERS:
+        tx = updates.OPTIMIZERS[name]
+        if args.chip == "cpu":
+            share = timed_share(tx, args.batch_size or 32, args.rounds)
+        else:
+            try:
+                device = target(CHIPS[args.chip]).devices[0]
+            except UserError as error:
+                sys.exit(str(error))
+            share = compiled_share(tx, args.batch_size or 4, device)
+        rows.append({args.chip: name} | share)
+    output.write(args.output, f"optimizer_share_{args.chip}", rows, jax=jax.__version__)
+
+
+if __name__ == "__main__":
+    main()
