@@ -1,4 +1,4 @@
-"""The documentation's code runs: blocks in pages, and the notebook from top to bottom."""
+"""The documentation's code runs: blocks in pages, and the notebook."""
 
 import json
 import pathlib
