@@ -29,12 +29,32 @@ SPECS = {
     ],
     (8, 4, 8): [P("a", "b", "c"), P(None, "b"), P(("c", "a"), None, "b")],
 }
+# From 4096 elements on, momentum may be quantized.
+LARGE_SPECS = {
+    (4096,): [P("a")],
+    (64, 64): [P("a", "b"), P(None, "a"), P(("a", "b"))],
+    (8, 1024): [P(("a", "b", "c"))],  # One row a device: pairs of rows are on two.
+    (1025, 8): [P(None, ("c", "b", "a"))],
+    (4, 32, 64): [P("a", None, ("b", "c")), P("b", "a")],
+    (4, 16, 2, 64): [P("a", "b", None, "c"), P(None, ("a", "b"), "c"), P(("b", "a"))],
+}
+# Slices of three axes: each rule factors others.
+STACKED = {"where": r"\(4, "}
+RULES = [
+    LastTwoAxes(),
+    LargestTwoAxes(8),
+    BalancedSplit(),
+    Stacked(LastTwoAxes(), **STACKED),
+    Stacked(LargestTwoAxes(8), **STACKED),
+    Stacked(BalancedSplit(), **STACKED),
+    Stacked(BalancedSplit(), axis=-1, **STACKED),
+]
 
 
-def sharded_params(mesh):
+def sharded_params(mesh, specs_of_shapes=SPECS):
     return {
         f"{shape} {spec}": jax.device_put(jnp.ones(shape), NamedSharding(mesh, spec))
-        for shape, specs in SPECS.items()
+        for shape, specs in specs_of_shapes.items()
         for spec in specs
     }
 
@@ -44,19 +64,10 @@ def types(tree):
     return jax.tree.map(lambda x: str(jax.typeof(x)), tree)
 
 
-@pytest.mark.parametrize("mu_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    "rule",
-    [
-        LastTwoAxes(),
-        LargestTwoAxes(8),
-        BalancedSplit(),
-        Stacked(LastTwoAxes(), where="4"),
-    ],
-    ids=lambda rule: type(rule).__name__,
-)
+@pytest.mark.parametrize("mu_dtype", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("rule", RULES, ids=str)
 def test_types_are_stable(explicit_mesh, rule, mu_dtype):
-    params = sharded_params(explicit_mesh(a=2, b=2, c=2))
+    params = sharded_params(explicit_mesh(a=2, b=2, c=2), SPECS | LARGE_SPECS)
     tx = came(1e-3, weight_decay=0.1, factoring=rule, mu_dtype=mu_dtype)
     state = jax.eval_shape(tx.init, params)
     updates, new_state = jax.eval_shape(tx.update, params, state, params)

@@ -1,3 +1,5 @@
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -66,22 +68,29 @@ def trimmed(spec):
     return P(*entries)
 
 
+def everywhere(value):
+    return lambda params: jax.tree.map(lambda _: value, params)
+
+
+# Each takes `came`, or a `came` with some arguments.
 WRAPPERS = {
-    "plain": lambda tx: tx,
-    "chain": lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
-    "masked": lambda tx: optax.masked(tx, dict.fromkeys(PARAMS, True)),
-    "partition": lambda tx: optax.partition(
-        {"all": tx, "none": optax.sgd(1e-2)}, dict.fromkeys(PARAMS, "all")
+    "plain": lambda make: make(1e-3),
+    "chain": lambda make: optax.chain(optax.clip_by_global_norm(1.0), make(1e-3)),
+    "masked": lambda make: optax.masked(make(1e-3), everywhere(True)),
+    "partition": lambda make: optax.partition(
+        {"all": make(1e-3), "none": optax.sgd(1e-2)}, everywhere("all")
     ),
-    "MultiSteps": lambda tx: optax.MultiSteps(tx, 4).gradient_transformation(),
-    "inject": lambda _: optax.inject_hyperparams(came)(learning_rate=1e-3),
-    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+    "MultiSteps": lambda make: optax.MultiSteps(
+        make(1e-3), every_k_schedule=4
+    ).gradient_transformation(),
+    "inject": lambda make: optax.inject_hyperparams(make)(learning_rate=1e-3),
+    "apply_if_finite": lambda make: optax.apply_if_finite(make(1e-3), 3),
 }
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 def test_wrappers_change_nothing(wrap):
-    state = state_sharding(wrap(came(1e-3)), PARAMS, SPECS)
+    state = state_sharding(wrap(came), PARAMS, SPECS)
     assert find(state, "mu") == SPECS
     assert find(state, "v_row") == {
         "attention": P("fsdp"),
@@ -210,6 +219,59 @@ def test_init_places_the_state_and_updates_compile_once(auto_mesh, sizes):
     for _ in range(2):
         params, state = compiled(grads, state, params)
     chex.assert_tree_all_finite(params)
+
+
+LARGE = {"kernel": jax.ShapeDtypeStruct((64, 128), jnp.float32)}
+
+
+@pytest.mark.parametrize("mu_dtype", ["int8", "int4"])
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_wrappers_change_nothing_about_quantized_momentum(wrap, mu_dtype):
+    tx = wrap(functools.partial(came, mu_dtype=mu_dtype))
+    state = jax.eval_shape(tx.init, LARGE)
+    assert jnp.issubdtype(find(state, "mu")["kernel"].dtype, jnp.integer)
+    specs = state_sharding(tx, LARGE, {"kernel": P("fsdp", "tensor")})
+    assert find(specs, "mu") == {"kernel": P("fsdp", "tensor")}
+    assert find(specs, "mu_row") == {"kernel": P("fsdp")}
+    assert find(specs, "mu_col") == {"kernel": P("tensor")}
+
+
+@pytest.mark.parametrize("mu_dtype", ["int8", "int4"])
+def test_nested_wrappers_place_quantized_momentum(auto_mesh, mu_dtype):
+    mesh = auto_mesh(fsdp=4, tensor=2)
+    shardings = {
+        "kernel": NamedSharding(mesh, P("fsdp", "tensor")),
+        "bias": NamedSharding(mesh, P("tensor")),
+    }
+    params = jax.device_put(
+        {"kernel": jnp.ones((64, 128)), "bias": jnp.ones(128)}, shardings
+    )
+    make = optax.inject_hyperparams(functools.partial(came, mu_dtype=mu_dtype))
+    tx = optax.MultiSteps(
+        optax.chain(
+            optax.clip_by_global_norm(1.0),
+            optax.masked(
+                optax.partition(
+                    {"came": make(learning_rate=1e-3), "sgd": optax.sgd(1e-2)},
+                    {"kernel": "came", "bias": "sgd"},
+                ),
+                everywhere(True),
+            ),
+        ),
+        every_k_schedule=1,
+    ).gradient_transformation()
+    state_shardings = state_sharding(tx, params, shardings)
+    state = jax.jit(tx.init, out_shardings=state_shardings)(params)
+    # A compiled function takes no other shardings than it was compiled for.
+    update = jax.jit(tx.update, out_shardings=(shardings, state_shardings))
+    with jax.numpy_dtype_promotion("standard"):  # optax.MultiSteps needs it.
+        compiled = update.lower(params, state, params).compile()
+    for _ in range(2):
+        updates, state = compiled(params, state, params)
+    chex.assert_tree_all_finite(updates)
+    codes = find(state, "mu")["kernel"]
+    assert codes.sharding.spec == P("fsdp", "tensor")
+    assert jnp.issubdtype(codes.dtype, jnp.integer)
 
 
 @pytest.mark.parametrize(
