@@ -1,0 +1,75 @@
+"""The traffic of an update on a TPU v5e; deterministic for one version of JAX."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+from compiled_traffic import EXACT, measure
+from measuring.updates import OPTIMIZERS
+
+pytestmark = pytest.mark.tpu
+
+
+@pytest.fixture(scope="module")
+def v5e():
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed; it comes with the `tpu` extra")
+    from pretraining.topologies import target
+
+    return target("v5e:2x2").devices[0]
+
+
+def layers(number):
+    """Matrices that fit on the chip, and vectors."""
+    shapes = {"kernel": (768, 3072), "bias": (3072,), "scale": (768,)}
+    return [
+        {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in shapes.items()}
+        for _ in range(number)
+    ]
+
+
+def embedding():
+    """A matrix that doesn't fit, as large as GPT-2's with an even vocabulary."""
+    return jax.ShapeDtypeStruct((50304, 768), jnp.float32)
+
+
+def measured(name, params, device):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return measure(OPTIMIZERS[name], params, device)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_the_count_is_exact_where_it_is_known(v5e, name):
+    found = measured(name, [embedding(), *layers(1)], v5e)
+    assert found["bytes/parameter"] == EXACT[name]
+
+
+# The gradient is read three times, or four where the momentum is rounded, the parameter
+# read and written, and the momentum read, written and, in float32, read again.
+@pytest.mark.parametrize(
+    ("mu_dtype", "bytes_per_parameter"),
+    [("float32", 32.02), ("bfloat16", 28.02), ("int8", 26.03), ("int4", 26.03)],
+)
+def test_traffic_of_a_matrix_that_does_not_fit(v5e, mu_dtype, bytes_per_parameter):
+    found = measured(f"CAME, {mu_dtype}", embedding(), v5e)
+    assert found["bytes/parameter"] <= bytes_per_parameter
+    assert found["temporaries (MB)"] <= 4 * embedding().size / 1e6
+
+
+# Everything once would be 20, 16, 14 and 13.
+@pytest.mark.parametrize(
+    ("mu_dtype", "bytes_per_parameter"),
+    [("float32", 22.04), ("bfloat16", 18.04), ("int8", 16.06), ("int4", 15.07)],
+)
+def test_traffic_of_matrices_that_fit(v5e, mu_dtype, bytes_per_parameter):
+    found = measured(f"CAME, {mu_dtype}", layers(2), v5e)
+    assert found["bytes/parameter"] <= bytes_per_parameter
+    assert found["temporaries (MB)"] <= 4 * 768 * 3072 / 1e6
+
+
+def test_kernels_grow_linearly_with_leaves(v5e):
+    one, two, four = (
+        measured("CAME, float32", layers(n), v5e)["kernels"] for n in (1, 2, 4)
+    )
+    assert four - two <= 2.1 * (two - one)
