@@ -66,7 +66,7 @@ def main() -> None:
         sys.exit(str(error))
     params = updates.gpt2_shapes(args.size)
     rows = [
-        {args.chip: name} | measure(updates.OPTIMIZERS[name], params, device)
+        {args.chip: name} | measure(updates.OPTIMIZERS[name](), params, device)
         for name in tqdm.tqdm(args.optimizers, unit="optimizer")
     ]
     output.write(

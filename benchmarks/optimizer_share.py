@@ -106,15 +106,15 @@ def main() -> None:
 
     rows = []
     for name in OPTIMIZERS:
-        tx = updates.OPTIMIZERS[name]
+        make = updates.OPTIMIZERS[name]
         if args.chip == "cpu":
-            share = timed_share(tx, args.batch_size or 32, args.rounds)
+            share = timed_share(make(), args.batch_size or 32, args.rounds)
         else:
             try:
                 device = target(CHIPS[args.chip]).devices[0]
             except UserError as error:
                 sys.exit(str(error))
-            share = compiled_share(tx, args.batch_size or 4, device)
+            share = compiled_share(make(), args.batch_size or 4, device)
         rows.append({args.chip: name} | share)
     output.write(args.output, f"optimizer_share_{args.chip}", rows, jax=jax.__version__)
 

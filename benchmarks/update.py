@@ -67,8 +67,9 @@ class TorchUpdate:
 
         params = []
         for grad in jax.tree.leaves(grads):
-            params.append(torch.nn.Parameter(torch.tensor(np.asarray(grad))))
-            params[-1].grad = params[-1].detach().clone()
+            shared = torch.from_dlpack(grad)
+            params.append(torch.nn.Parameter(shared.clone()))
+            params[-1].grad = shared
         if name == "AdamW":
             optimizer = torch.optim.AdamW(params, 1e-3, weight_decay=0.1, fused=True)
         else:
@@ -120,8 +121,8 @@ def main() -> None:
         MODELS[args.model](),
     )
     contestants: dict[str, Any] = {
-        name: JaxUpdate(tx, grads)
-        for name, tx in updates.OPTIMIZERS.items()
+        name: JaxUpdate(make(), grads)
+        for name, make in updates.OPTIMIZERS.items()
         if name != "SGD"
     }
     if importlib.util.find_spec("came_pytorch"):

@@ -1,6 +1,7 @@
 """The optimizers and the parameters that updates are measured with."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,13 +12,14 @@ from flax import nnx
 from came_optax import came
 from pretraining.models import bert, gpt2
 
-OPTIMIZERS = {
-    "SGD": optax.sgd(1e-3),
-    "AdamW": optax.adamw(1e-3, weight_decay=0.1),
-    "Adafactor": optax.adafactor(1e-3),
-    "Adafactor, momentum": optax.adafactor(1e-3, momentum=0.9),
+# Made when called: to compile for GPUs that aren't there, JAX has to be unused before.
+OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "SGD": partial(optax.sgd, 1e-3),
+    "AdamW": partial(optax.adamw, 1e-3, weight_decay=0.1),
+    "Adafactor": partial(optax.adafactor, 1e-3),
+    "Adafactor, momentum": partial(optax.adafactor, 1e-3, momentum=0.9),
 } | {
-    f"CAME, {dtype}": came(1e-3, weight_decay=0.1, mu_dtype=dtype)
+    f"CAME, {dtype}": partial(came, 1e-3, weight_decay=0.1, mu_dtype=dtype)
     for dtype in ("float32", "bfloat16", "int8", "int4")
 }
 

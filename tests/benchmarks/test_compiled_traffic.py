@@ -36,7 +36,7 @@ def embedding():
 
 def measured(name, params, device):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        return measure(OPTIMIZERS[name], params, device)
+        return measure(OPTIMIZERS[name](), params, device)
 
 
 @pytest.mark.parametrize("name", EXACT)
