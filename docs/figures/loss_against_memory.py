@@ -19,16 +19,16 @@ sys.path.insert(0, str(ROOT / "examples"))
 from pretraining.comparison.summary import summarize  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results" / "gpt2-nano"
-# Marker, and where the label stands from the point: points right and up.
+# Marker, and where the label stands, in points from the marker.
 METHODS = {
-    "adamw": ("AdamW", "s", (0, 14)),
-    "muon": ("Muon", "D", (0, 12)),
-    "adafactor": ("Adafactor,\nmomentum 0.9", "^", (34, -34)),
-    "came": ("CAME,\nas published", "o", (0, 12)),
-    "came-bc-b2-0.95-eps2-0.1-clip-1": ("CAME", "o", (0, 18)),
-    "came-bfloat16": ("CAME,\nbfloat16", "o", (0, 18)),
-    "came-int8": ("CAME,\nint8", "o", (4, -42)),
-    "came-int4": ("CAME,\nint4", "o", (-8, 18)),
+    "adamw": ("AdamW", "s", (-32, 0)),
+    "muon": ("Muon", "D", (30, 0)),
+    "adafactor": ("Adafactor,\nmomentum 0.9", "^", (-48, -10)),
+    "came": ("CAME,\nas published", "o", (48, 0)),
+    "came-bc-b2-0.95-eps2-0.1-clip-1": ("CAME,\nfloat32", "o", (36, 6)),
+    "came-bfloat16": ("CAME,\nbfloat16", "o", (0, 30)),
+    "came-int8": ("CAME,\nint8", "o", (8, -28)),
+    "came-int4": ("CAME,\nint4", "o", (-8, 24)),
 }
 
 

@@ -24,8 +24,9 @@ def draw(path: Path, title: str, summaries: Sequence[Summary]) -> None:
     )
     best = min(summary.finals().mean() for summary in summaries)
     worst = max(summary.finals().mean() for summary in summaries)
+    lowest = min(min(*s.finals(), *s.losses.values()) for s in summaries)
     range_ = min(max(worst - best, 0.01 * best), 0.05 * best)
-    axes[0].set_ylim(best - 0.1 * range_, best + 2.2 * range_)
+    axes[0].set_ylim(lowest - 0.1 * range_, best + 2.2 * range_)
     for index, summary in enumerate(summaries):
         style = {
             "color": f"C{index % 10}",
