@@ -1,0 +1,230 @@
+"""What do decoders of 7 and 70 billion parameters take on TPU slices, by optimizer?
+
+Compiles training steps, which needs no TPU, and reads off the memory of a chip: GPT-2's
+blocks in a scan over layers that recomputes them in the backward pass, float32
+parameters, gradients and optimizer state in parts over all chips (FSDP), activations in
+bfloat16, one sequence of 2,048 tokens per chip. For each optimizer it measures v5p
+slices of 64 to 512 chips, and finds the smallest on which the step compiles.
+
+    pip install "came-optax[examples,tpu]"
+    python benchmarks/scale_plan.py
+
+takes one to two minutes of a CPU for each of about 40 cases. Results are kept in
+docs/results/scale-plan, so that it goes on where it stopped; delete them to start anew.
+"""
+
+import argparse
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from measuring import ROOT, output
+
+from came_optax import LastTwoAxes, Stacked, came, state_sharding
+from pretraining import devices, topologies
+from pretraining.ahead_of_time import compile_step
+from pretraining.models.gpt2 import GPT2, Block, GPT2Config
+from pretraining.sharding import make_gather, param_shardings
+from pretraining.step import TrainState
+from pretraining.topologies import GIB
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+RESULTS = ROOT / "docs" / "results" / "scale-plan"
+LENGTH = 2048
+LAYERS_AND_WIDTH = {"7B": (33, 4096), "70B": (86, 8192)}
+FACTORING = Stacked(LastTwoAxes(), where="^layers/")
+OPTIMIZERS = {"AdamW": optax.adamw(1e-4, weight_decay=0.1)} | {
+    f"CAME, {dtype}": came(1e-4, weight_decay=0.1, factoring=FACTORING, mu_dtype=dtype)
+    for dtype in ("float32", "bfloat16", "int8")
+}
+TOPOLOGIES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+SLICES = {math.prod(map(int, t.split("x"))): t for t in TOPOLOGIES}  # By chips.
+PLANNED = (64, 512, 128, 256)  # In the order in which they are measured.
+
+
+class Decoder(nnx.Module):
+    """GPT-2 with its layers stacked, each gathered when its turn comes."""
+
+    def __init__(self, layers: int, width: int, *, rngs: nnx.Rngs):
+        # Heads of 128, and GPT-2's vocabulary made a multiple of 128.
+        config = GPT2Config(
+            50304, LENGTH, width, layers, width // 128, dtype="bfloat16"
+        )
+        self.wte = nnx.Embed(50304, width, dtype=jnp.bfloat16, rngs=rngs)
+        self.wpe = nnx.Embed(LENGTH, width, dtype=jnp.bfloat16, rngs=rngs)
+        stack = nnx.vmap(lambda rngs: Block(config, rngs=rngs))
+        self.layers = nnx.split_rngs(splits=layers)(stack)(rngs)
+        self.ln_f = nnx.LayerNorm(width, dtype=jnp.bfloat16, rngs=rngs)
+
+    def __call__(self, tokens_BxL: jax.Array, gather: Any) -> jax.Array:
+        """Returns logits; `gather` makes a layer's parameters whole."""
+        x_BxLxD = self.wte(tokens_BxL) + self.wpe(jnp.arange(LENGTH)[None])
+        graphdef, layers = nnx.split(self.layers)
+
+        @jax.checkpoint
+        def apply(x_BxLxD: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
+            return nnx.merge(graphdef, gather(layer))(x_BxLxD), None
+
+        x_BxLxD, _ = jax.lax.scan(apply, x_BxLxD, layers)
+        return self.ln_f(x_BxLxD) @ self.wte.embedding[...].astype(jnp.bfloat16).T
+
+
+def make_step(
+    model: str, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> tuple[Any, TrainState]:
+    """Returns `(state, tokens) -> (state, loss)`, and the state's shapes and places."""
+    layers, width = LAYERS_AND_WIDTH[model]
+    graphdef, params = nnx.split(
+        nnx.eval_shape(lambda: Decoder(layers, width, rngs=nnx.Rngs(0)))
+    )
+    of_params = param_shardings(mesh, params, GPT2.tensor_axes)
+    shardings = TrainState(
+        devices.replicated(mesh), of_params, state_sharding(tx, params, of_params)
+    )
+    of_layer = jax.tree.map(
+        lambda s: NamedSharding(mesh, PartitionSpec(*s.spec[1:])), of_params["layers"]
+    )
+    others = [name for name in params if name != "layers"]
+    gather_others = make_gather({name: of_params[name] for name in others})
+
+    def loss_of(params: Any, tokens_BxL1: jax.Array) -> jax.Array:
+        whole = gather_others({name: params[name] for name in others})
+        decoder = nnx.merge(graphdef, nnx.State({**params, **whole}))
+        logits_BxLxV = decoder(tokens_BxL1[:, :-1], make_gather(of_layer))
+        return optax.softmax_cross_entropy_with_integer_labels(
+            logits_BxLxV.astype(jnp.float32), tokens_BxL1[:, 1:]
+        ).mean()
+
+    def step(state: TrainState, tokens_BxL1: jax.Array) -> tuple[TrainState, jax.Array]:
+        loss, grads = jax.value_and_grad(loss_of)(state.params, tokens_BxL1)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state), loss
+
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    state = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        TrainState(count, params, jax.eval_shape(tx.init, params)),
+        shardings,
+    )
+    places = (shardings, devices.replicated(mesh))
+    return jax.jit(step, out_shardings=places, donate_argnums=0), state
+
+
+def measure(model: str, optimizer: str, chips: int) -> dict[str, Any]:
+    """Returns what a chip holds of a training step on so many.
+
+    Without compiling where parameters, their gradients and the state are too much.
+    """
+    target = topologies.tpu(f"v5p:{SLICES[chips]}")
+    mesh = devices.make_mesh({"fsdp": chips}, target.devices)
+    step, state = make_step(model, OPTIMIZERS[optimizer], mesh)
+    of_params, of_state = bytes_per_chip(state.params), bytes_per_chip(state.opt_state)
+    total = 2 * of_params + of_state
+    fits = compiled = total <= target.hbm
+    if compiled:
+        tokens = jax.ShapeDtypeStruct(
+            (chips, LENGTH + 1), jnp.int32, sharding=NamedSharding(mesh, devices.BATCH)
+        )
+        report = compile_step(step, state, tokens, target)
+        total, fits = report.total, report.fits
+    return {
+        "parameters": sum(p.size for p in jax.tree.leaves(state.params)),
+        "state_bytes": of_state,
+        "total_bytes": total,
+        "fits": fits,
+        "compiled": compiled,
+    }
+
+
+def bytes_per_chip(tree: Any) -> int:
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    )
+
+
+def write_table(results: dict[str, Any], planned: Sequence[int]) -> None:
+    """Prints and writes state and total per chip, and the smallest slices."""
+    rows = []
+    for model, optimizer in itertools.product(LAYERS_AND_WIDTH, OPTIMIZERS):
+        found = {n: results.get(f"{model} {optimizer} {n}") for n in SLICES}
+        first = found[planned[0]]
+        fitting = [n for n, case in found.items() if case and case["fits"]]
+        per_parameter = first["state_bytes"] * planned[0] / first["parameters"]
+        row = {"": f"{model}, {optimizer}", "state/parameter": f"{per_parameter:.2f} B"}
+        for n in sorted(planned):
+            state, total = (found[n][k] / GIB for k in ("state_bytes", "total_bytes"))
+            row[f"{n} chips"] = f"{state:.2f} of {total:.2f}"
+        rows.append(row | {"smallest slice": f"{min(fitting)} chips"})
+    table = output.table(rows)
+    print(table)
+    (RESULTS / "table.md").write_text(table + "\n", encoding="utf-8")
+
+
+def draw(results: dict[str, Any], chips: int = PLANNED[0]) -> None:
+    """Draws what a chip of the smallest planned slice holds: state, and all else."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
+    for axis, model in zip(axes, LAYERS_AND_WIDTH, strict=True):
+        cases = [results[f"{model} {name} {chips}"] for name in OPTIMIZERS]
+        state = np.array([case["state_bytes"] for case in cases]) / GIB
+        total = np.array([case["total_bytes"] for case in cases]) / GIB
+        names, edge = list(OPTIMIZERS), {"edgecolor": "black"}
+        bars = axis.barh(names, total, color="0.85", label="all else", **edge)
+        axis.bar_label(
+            bars,
+            [f"{s:.2f} of {t:.2f}" for s, t in zip(state, total, strict=True)],
+            padding=4,
+        )
+        axis.barh(names, state, hatch="////", label="optimizer state", **edge)
+        axis.margins(x=0.3)
+        axis.invert_yaxis()
+        axis.set_title(f"{model} on {chips} TPU v5p chips")
+        axis.set_xlabel("memory (GiB per chip)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center")
+    figure.savefig(RESULTS / "scale-plan.png", dpi=150)
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    # A fifth of the time to compile, for up to 0.6 GiB more of temporaries.
+    jax.config.update("jax_exec_time_optimization_effort", -1.0)
+    file = RESULTS / "results.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+
+    def fits(case: tuple[str, str], chips: int) -> bool:
+        name = f"{' '.join(case)} {chips}"
+        if name not in results:
+            results[name] = measure(*case, chips)
+            RESULTS.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        found = results[name]
+        verdict = "fits" if found["fits"] else "out of memory"
+        print(f"{name}: {found['total_bytes'] / GIB:.2f} GiB, {verdict}", flush=True)
+        return bool(found["fits"])
+
+    cases = list(itertools.product(LAYERS_AND_WIDTH, OPTIMIZERS))
+    for case in cases:
+        fits(case, PLANNED[0])
+    for case in cases:
+        next(chips for chips in SLICES if fits(case, chips))
+    for i, chips in enumerate(PLANNED):
+        for case in cases:
+            fits(case, chips)
+        write_table(results, PLANNED[: i + 1])
+    draw(results)
+
+
+if __name__ == "__main__":
+    main()
