@@ -8,6 +8,7 @@ Nothing is allocated: a model here is the shapes of its parameters, kernels as
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,13 +18,14 @@ import optax
 from came_optax._came import came
 from came_optax._memory import state_memory
 
-OPTIMIZERS: dict[str, optax.GradientTransformation] = {
-    "adamw": optax.adamw(1e-3),
-    "adafactor": optax.adafactor(1e-3, momentum=0.9),
-    "came": came(1e-3),
-    "came-bfloat16": came(1e-3, mu_dtype="bfloat16"),
-    "came-int8": came(1e-3, mu_dtype="int8"),
-    "came-int4": came(1e-3, mu_dtype="int4"),
+# Made when called, so that importing this leaves JAX unused.
+OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "adamw": partial(optax.adamw, 1e-3),
+    "adafactor": partial(optax.adafactor, 1e-3, momentum=0.9),
+    "came": partial(came, 1e-3),
+    "came-bfloat16": partial(came, 1e-3, mu_dtype="bfloat16"),
+    "came-int8": partial(came, 1e-3, mu_dtype="int8"),
+    "came-int4": partial(came, 1e-3, mu_dtype="int4"),
 }
 
 
@@ -132,7 +134,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     params = abstract_params(args.model, args.param_dtype)
-    print(state_memory(OPTIMIZERS[args.optimizer], params))
+    print(state_memory(OPTIMIZERS[args.optimizer](), params))
 
 
 if __name__ == "__main__":

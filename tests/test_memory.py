@@ -51,6 +51,15 @@ def test_arrays_belong_to_their_parameters():
     assert memory.total == memory.adamw
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_adamw_would_take(dtype):
+    params = abstract_params("gpt2", dtype)
+    assert state_memory(came(1e-3), params).adamw == sum(
+        x.size * x.dtype.itemsize
+        for x in jax.tree.leaves(jax.eval_shape(optax.adamw(1e-3).init, params))
+    )
+
+
 @pytest.mark.parametrize("model", ["bert-large", "gpt2-xl"])
 @pytest.mark.parametrize(("mu_dtype", "most"), [("int8", 1.05), ("int4", 0.55)])
 def test_narrow_momentum_of_large_models(model, mu_dtype, most):
