@@ -43,7 +43,10 @@ def v5e_devices(monkeypatch):
     }.items():
         monkeypatch.setenv(name, value)
     topology = topologies.get_topology_desc(topology_name="v5e:4x4", platform="tpu")
-    return topology.devices
+    # What is compiled needn't be fast.
+    jax.config.update("jax_exec_time_optimization_effort", -1.0)
+    yield topology.devices
+    jax.config.update("jax_exec_time_optimization_effort", 0.0)
 
 
 def _make_mesh(axis_type, **sizes):

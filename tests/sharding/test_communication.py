@@ -1,13 +1,21 @@
+"""What the compiled update of sharded parameters sends between devices."""
+
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from came_optax import BalancedSplit, came, state_sharding
 from pretraining.collectives import collectives
+from pretraining.devices import make_mesh
+from pretraining.models.gpt2 import GPT2, SIZES
+from pretraining.sharding import param_shardings
 
 
 def gpt2_shapes(layers, width):
@@ -30,10 +38,14 @@ def gpt2_shapes(layers, width):
     )
 
 
-def compiled_update(tx, params, spec_of, devices):
-    """Returns the HLO of an update whose arrays are all sharded, on one mesh axis."""
+def shardings_of(params, spec_of, devices):
+    """Returns shardings on a mesh of one axis."""
     mesh = Mesh(np.array(devices), ("fsdp",), axis_types=(AxisType.Auto,))
-    shardings = jax.tree.map(lambda p: NamedSharding(mesh, spec_of(p)), params)
+    return jax.tree.map(lambda p: NamedSharding(mesh, spec_of(p)), params)
+
+
+def compiled_update(tx, params, shardings):
+    """Returns the HLO of an update whose arrays are all sharded."""
     state = jax.eval_shape(tx.init, params)
     state_shardings = state_sharding(tx, params, shardings)
 
@@ -76,7 +88,9 @@ def bytes_of_sums(params):
 def test_only_sums_are_communicated(spec_of):
     params = gpt2_shapes(layers=1, width=64)
     tx = came(1e-3, weight_decay=0.1)
-    found = collectives(compiled_update(tx, params, spec_of, jax.devices()))
+    found = collectives(
+        compiled_update(tx, params, shardings_of(params, spec_of, jax.devices()))
+    )
     assert {c.kind for c in found} == {"all-reduce"}
     # Twice: the second moment's and the instability's statistics.
     assert sum(c.bytes for c in found) <= 2 * bytes_of_sums(params)
@@ -90,7 +104,9 @@ def test_tpu_needs_three_rounds_whatever_the_number_of_leaves(
 ):
     params = gpt2_shapes(layers, width=256)
     tx = came(1e-3, factoring=BalancedSplit(), weight_decay=0.1)
-    found = collectives(compiled_update(tx, params, spec_of, v5e_devices))
+    found = collectives(
+        compiled_update(tx, params, shardings_of(params, spec_of, v5e_devices))
+    )
     assert {c.kind for c in found} == {"all-reduce"}
     assert len(found) <= 3
     assert sum(c.bytes for c in found) <= 2 * bytes_of_sums(params)
@@ -104,8 +120,9 @@ def test_tpu_needs_three_rounds_whatever_the_number_of_leaves(
         (optax.adafactor(1e-3), 2),
         (came(1e-3, clipping_threshold=None), 2),
         (came(1e-3, mu_dtype="bfloat16", bias_correction=True), 3),
+        # The norm of an update is a sum over what the third round's sums give.
         (came(1e-3, update_clipping_threshold=1.0), 4),
-        # Sums and maxima cannot be combined.
+        # Three of sums, and one of maxima, which cannot be combined with them.
         (came(1e-3, mu_dtype="int8"), 4),
         (came(1e-3, mu_dtype="int4"), 4),
     ],
@@ -122,6 +139,48 @@ def test_tpu_needs_three_rounds_whatever_the_number_of_leaves(
 def test_tpu_rounds_by_optimizer(v5e_devices, tx, rounds):
     params = gpt2_shapes(layers=1, width=256)
     with jax.numpy_dtype_promotion("standard"):  # optax.adamw needs it.
-        found = collectives(compiled_update(tx, params, rows, v5e_devices))
+        found = collectives(
+            compiled_update(tx, params, shardings_of(params, rows, v5e_devices))
+        )
     assert {c.kind for c in found} <= {"all-reduce"}
     assert len(found) == rounds
+
+
+def reduced_by(hlo):
+    """Returns "add" or "maximum" for each all-reduce."""
+    computations = dict(
+        re.findall(
+            r"all-reduce(?:-start)?\(.*channel_id=(\d+).*to_apply=(%[\w.-]+)", hlo
+        )
+    )
+    roots = [
+        re.search(rf"^{re.escape(name)} \(.*?ROOT \S+ = \S+ (\w+)\(", hlo, re.M | re.S)
+        for name in computations.values()
+    ]
+    return sorted(root[1] for root in roots)
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize(
+    ("size", "mu_dtype", "rounds"),
+    [
+        ("small", "float32", 3 * ["add"]),
+        ("medium", "float32", 3 * ["add"]),  # Twice as many leaves.
+        ("small", "int8", [*3 * ["add"], "maximum"]),
+    ],
+)
+def test_tpu_gathers_nothing_of_gpt2(v5e_devices, size, mu_dtype, rounds):
+    model = nnx.eval_shape(lambda: GPT2(SIZES[size], rngs=nnx.Rngs(0)))
+    params = nnx.state(model, nnx.Param)
+    mesh = make_mesh({"fsdp": 16}, v5e_devices)
+    shardings = param_shardings(mesh, params, GPT2.tensor_axes)
+    tx = came(1e-3, weight_decay=0.1, mu_dtype=mu_dtype)
+    hlo = compiled_update(tx, params, shardings)
+    found = collectives(hlo)
+    assert {c.kind for c in found} == {"all-reduce"}
+    assert reduced_by(hlo) == rounds
+    assert len(found) == len(rounds)
+    # No array is larger than a row or a column, let alone a parameter.
+    longest = max(n for p in jax.tree.leaves(params) for n in p.shape)
+    assert max(size for c in found for size in c.arrays) <= 4 * longest
+    assert sum(c.bytes for c in found) <= (len(rounds) - 1) * bytes_of_sums(params)
