@@ -188,7 +188,7 @@ def draw(results: dict[str, Any], chips: int = PLANNED[0]) -> None:
             padding=4,
         )
         axis.barh(names, state, hatch="////", label="optimizer state", **edge)
-        axis.margins(x=0.3)
+        axis.margins(x=0.5)
         axis.invert_yaxis()
         axis.set_title(f"{model} on {chips} TPU v5p chips")
         axis.set_xlabel("memory (GiB per chip)")
