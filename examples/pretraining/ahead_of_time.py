@@ -18,10 +18,14 @@ from pretraining.step import TrainState, make_train_step, state_shapes
 from pretraining.task import Task
 from pretraining.topologies import GIB, Target
 
-OUT_OF_MEMORY = re.compile(
-    r"temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"
+# What a TPU's compiler says when it gives up before and after it has placed buffers.
+EXCEEDS = re.compile(
+    r"temporaries \(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)"
 )
-UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+EXCEEDED = re.compile(
+    r"of ([\d.]+[KMGT]?) hbm\. Exceeded hbm capacity by ([\d.]+[KMGT]?)\."
+)
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,11 +118,10 @@ def compile_step(step: Any, state: TrainState, batch: Any, target: Target) -> Re
     try:
         compiled = step.lower(state, batch).compile()
     except jax.errors.JaxRuntimeError as error:
-        found = OUT_OF_MEMORY.search(str(error))
-        if found is None:
+        needed = needed_and_available(str(error))
+        if needed is None:
             raise
-        # What the compiler calls temporaries includes the arguments.
-        total, available = (int(float(found[i]) * UNITS[found[i + 1]]) for i in (1, 3))
+        total, available = needed
         parts["batch, temporaries"] = total - sum(parts.values())
         seconds = time.perf_counter() - began
         return Report(parameters, parts, total, available, (), seconds)
@@ -140,6 +143,21 @@ def compile_step(step: Any, state: TrainState, batch: Any, target: Target) -> Re
         collectives(compiled.as_text()),
         seconds,
     )
+
+
+def needed_and_available(message: str) -> tuple[int, int] | None:
+    """Returns the bytes in a TPU compiler's error, if it is that memory lacks."""
+
+    def size(text: str) -> int:
+        return int(float(text.rstrip("KMGT")) * UNITS.get(text[-1], 1))
+
+    if found := EXCEEDS.search(message):
+        # What the compiler calls temporaries there includes the arguments.
+        return size(found[1]), size(found[2])
+    if found := EXCEEDED.search(message):
+        available = size(found[1])
+        return available + size(found[2]), available
+    return None
 
 
 def _bytes_per_chip(tree: Any) -> int:

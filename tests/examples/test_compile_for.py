@@ -8,7 +8,7 @@ import pytest
 
 import compile_for
 from pretraining import ahead_of_time, devices, topologies
-from pretraining.ahead_of_time import Report
+from pretraining.ahead_of_time import Report, needed_and_available
 from pretraining.collectives import Collective, collectives
 from pretraining.errors import UserError
 from pretraining.optimizers import OptimizerOptions, make_optimizer, make_schedule
@@ -64,6 +64,25 @@ def test_loops_without_a_limit_are_refused():
         collectives(hlo)
     known = 'body=%body, backend_config={"known_trip_count":{"n":"3"}}'
     assert collectives(hlo.replace("body=%body", known))[0].times == 3
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (
+            "Sum of temporaries (26.50G) exceeds available HBM (15.75G).",
+            (int(26.5 * GIB), int(15.75 * GIB)),
+        ),
+        (
+            "Ran out of memory in memory space hbm. Used 15.75G of 15.75G hbm. "
+            "Exceeded hbm capacity by 7.25M.\n\nTotal hbm usage >= 16.01G:",
+            (int(15.75 * GIB + 7.25 * 2**20), int(15.75 * GIB)),
+        ),
+        ("Mosaic failed to compile", None),
+    ],
+)
+def test_errors_say_how_much_memory_lacks(message, expected):
+    assert needed_and_available(message) == expected
 
 
 def test_report_says_what_is_used_and_whether_it_fits():
