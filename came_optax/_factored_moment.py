@@ -128,7 +128,7 @@ def scale_by_factored_moment(
             x = stats.in_precision_of(v, g)
             if axes.factored:
                 v_row = stats.update_mean_square(v_row, x, axes.col, b2, eps1)
-                again = stats.for_second_mean(x, x)
+                again = stats.for_second_mean(x)
                 v_col = stats.update_mean_square(v_col, again, axes.row, b2, eps1)
                 u = stats.divide_by_factored_root(x, v_row, v_col, axes)
             else:
