@@ -31,9 +31,13 @@ autodoc_typehints = "none"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False
 
 html_theme = "sphinx_book_theme"
 html_title = "came-optax"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
+html_theme_options = {"navbar_persistent": []}
 
 _api = (pathlib.Path(__file__).parent / "api.md").read_text(encoding="utf-8")
 _listed = set(re.findall(r"^   (\w+)$", _api, flags=re.M))

@@ -20,7 +20,7 @@ from pretraining.comparison import runs, search
 from pretraining.comparison.figures import draw
 from pretraining.comparison.methods import COMPARISON, METHODS, STORAGE, STUDY
 from pretraining.comparison.summary import summarize
-from pretraining.comparison.table import make_table
+from pretraining.comparison.table import make_tables
 from pretraining.comparison.trainer import Settings, Trainer
 from pretraining.errors import UserError
 from pretraining.files import write_atomically
@@ -140,10 +140,10 @@ def report(task: Task, folder: Path) -> None:
     for group, names in GROUPS.items():
         members = [summary for summary in known if summary.name in names]
         if members:
-            table = make_table(members, known)
-            write_atomically(folder / f"{group}.md", table)
+            tables = make_tables(members, known)
+            write_atomically(folder / f"{group}.md", tables)
             draw(folder / f"{group}.png", task.name, members)
-            print(f"\n{table}")
+            print(f"\n{tables}")
 
 
 def check_settings(folder: Path, task: Task, settings: Settings) -> None:

@@ -16,7 +16,7 @@ from pretraining.comparison import runs, search
 from pretraining.comparison.methods import METHODS
 from pretraining.comparison.runs import Run
 from pretraining.comparison.summary import Summary, summarize
-from pretraining.comparison.table import make_table
+from pretraining.comparison.table import make_tables
 from pretraining.comparison.trainer import Settings, Trainer, record_largest_update
 from pretraining.errors import UserError
 from pretraining.models import gpt2
@@ -145,13 +145,15 @@ def test_table_compares_with_the_better_adamw():
         make_summary("adamw-b2-0.999", [0.9, 1.1]),
         make_summary("came", [0.8, 1.0]),
     ]
-    head, _, *lines = make_table(summaries, summaries).splitlines()
+    results, details = make_tables(summaries, summaries).split("\n\n")
+    head, _, *lines = results.splitlines()
     columns = [column.strip() for column in head.split("|")]
     rows = [dict(zip(columns, line.split("|"), strict=True)) for line in lines]
     differences = [row["loss − AdamW's"].strip() for row in rows]
     assert differences == ["-0.100 ± 0.000", "", "+0.100 ± 0.000"]
     assert rows[0]["validation loss"].strip() == "0.900 ± 0.141"
     assert rows[2]["steps to AdamW's loss"].strip() == "not reached"
+    assert "| spikes |" in details and len(details.splitlines()) == 2 + len(lines)
 
 
 def test_run_equals_plain_training(task: Task):

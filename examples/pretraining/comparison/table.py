@@ -1,15 +1,24 @@
-"""The results as a table in Markdown."""
+"""The results as tables in Markdown."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from pretraining.comparison.summary import Summary, best_of
 
+# In a second table, which keeps the first one as wide as a page.
+DETAILS = (
+    "learning rates within 1 %",
+    "update / step time",
+    "largest update RMS / lr",
+    "spikes",
+    "learning rates tried",
+)
 
-def make_table(summaries: Sequence[Summary], known: Sequence[Summary]) -> str:
-    """Returns the table of some methods, best first.
+
+def make_tables(summaries: Sequence[Summary], known: Sequence[Summary]) -> str:
+    """Returns the tables of some methods, best first: results, and details of the runs.
 
     Args:
         summaries: The rows.
@@ -22,9 +31,13 @@ def make_table(summaries: Sequence[Summary], known: Sequence[Summary]) -> str:
         _row(summary, adamw, adafactor, gradient_ms)
         for summary in sorted(summaries, key=lambda s: s.finals().mean())
     ]
-    names = list(rows[0])
+    names = [name for name in rows[0] if name not in DETAILS]
+    return _format(rows, names) + "\n" + _format(rows, ["", *DETAILS])
+
+
+def _format(rows: Sequence[Mapping[str, str]], names: Sequence[str]) -> str:
     lines = [names, ["---"] + ["---:"] * (len(names) - 1)]
-    lines += [list(row.values()) for row in rows]
+    lines += [[row[name] for name in names] for row in rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
