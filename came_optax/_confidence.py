@@ -179,13 +179,13 @@ def scale_by_confidence(
                 s_row = stats.update_mean_square(s_row, residual, axes.col, b3, eps2)
                 s_col = stats.update_mean_square(s_col, again, axes.row, b3, eps2)
                 delta = stats.divide_by_factored_root(m, s_row, s_col, axes)
+                decay = stats.in_turn(decay, s_row)
             if bias_correction:  # delta is of order m s^(-1/2).
                 scale = 1 / stats.one_minus_power(b1, count)
                 if axes.factored:
                     scale *= jnp.sqrt(stats.one_minus_power(b3, count))
                 delta *= scale.astype(delta.dtype)
             stored = momentum.store(m, stored, axes, mu_dtype)
-            decay = momentum.in_turn(decay, stored)
             return _Leaf(stored, s_row, s_col, delta.astype(u.dtype))
 
         leaves = jax.tree.map_with_path(

@@ -112,6 +112,7 @@ def scale_by_factored_moment(
         check_inexact("updates", updates)
         check_same_leaves("updates", updates, "state", state.v)
         count = optax.safe_increment(state.count)
+        decay = b2
 
         def update_leaf(
             path: KeyPath,
@@ -121,16 +122,18 @@ def scale_by_factored_moment(
             v_col: jax.Array,
             v: jax.Array,
         ) -> _Leaf:
+            nonlocal decay
             row_mean, col_mean, full_mean = stats.reductions(axes)
             stats.check_statistic("v_row", path, v_row, g.shape, row_mean)
             stats.check_statistic("v_col", path, v_col, g.shape, col_mean)
             stats.check_statistic("v", path, v, g.shape, full_mean)
             x = stats.in_precision_of(v, g)
             if axes.factored:
-                v_row = stats.update_mean_square(v_row, x, axes.col, b2, eps1)
+                v_row = stats.update_mean_square(v_row, x, axes.col, decay, eps1)
                 again = stats.for_second_mean(x)
-                v_col = stats.update_mean_square(v_col, again, axes.row, b2, eps1)
+                v_col = stats.update_mean_square(v_col, again, axes.row, decay, eps1)
                 u = stats.divide_by_factored_root(x, v_row, v_col, axes)
+                decay = stats.in_turn(decay, v_row)
             else:
                 v = stats.update_mean_square(v, x, (), b2, eps1)
                 u = x * jax.lax.rsqrt(v).astype(x.dtype)

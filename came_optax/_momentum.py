@@ -115,23 +115,6 @@ def store(m: jax.Array, stored: Stored, axes: FactoredAxes, mu_dtype: str) -> St
     return Stored(codes, row, col)
 
 
-def in_turn(x: jax.Array, stored: Stored) -> jax.Array:
-    """Returns ``x``, but on CPUs not before quantized momentum is ``stored``.
-
-    There XLA would work on all leaves at once and hold float32 momentum of each. It
-    waits because it cannot know that no scale is negative.
-    """
-    if not jnp.issubdtype(stored.mu.dtype, jnp.integer):
-        return x
-    waited: jax.Array = jax.lax.platform_dependent(
-        x,
-        stored.mu_row,
-        cpu=lambda x, row: jnp.where(jnp.min(row) < 0, jnp.nan, x),
-        default=lambda x, row: x,
-    )
-    return waited
-
-
 def _is_quantized(x: Any, mu_dtype: str) -> bool:
     is_complex = jnp.issubdtype(x.dtype, jnp.complexfloating)
     large = math.prod(x.shape) >= _MIN_QUANTIZED_SIZE

@@ -68,7 +68,7 @@ def in_turn(x: jax.Array, before: jax.Array) -> jax.Array:
     waiting: jax.Array = jax.lax.platform_dependent(
         x,
         before,
-        cpu=lambda x, before: jnp.where(jnp.min(before) < 0, jnp.nan, x),
+        cpu=lambda x, before: jnp.where(jnp.any(before < 0), jnp.nan, x),
         default=lambda x, before: x,
     )
     return waiting
