@@ -175,7 +175,7 @@ def scale_by_confidence(
             delta = m
             if axes.factored:
                 residual = x - m
-                again = stats.for_second_mean(residual)
+                again = stats.for_second_mean(residual, m - x)
                 s_row = stats.update_mean_square(s_row, residual, axes.col, b3, eps2)
                 s_col = stats.update_mean_square(s_col, again, axes.row, b3, eps2)
                 delta = stats.divide_by_factored_root(m, s_row, s_col, axes)
