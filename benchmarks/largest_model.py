@@ -174,8 +174,8 @@ def draw(found: Mapping[tuple[str, str, str], tuple[int, Any]]) -> plt.Figure:
                 list(sizes), sizes.values(), 0.36, edgecolor="0", label=label, **style
             )
             axes.bar_label(bars, fmt="%.2f", padding=2)
-        axes.set_title(f"one {chip}")
-        axes.set_xlabel("largest GPT-2 that trains (billions of parameters)")
+        axes.set_title(f"largest GPT-2 that trains on one {chip}")
+        axes.set_xlabel("parameters (billions)")
         axes.margins(x=0.15)
     panels[0][0].set_yticks(range(len(OPTIMIZERS)), list(OPTIMIZERS))
     panels[0][0].invert_yaxis()
