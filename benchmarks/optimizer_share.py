@@ -2,7 +2,7 @@
 
 On the CPU, the share of the time of a GPT-2 tiny's step that the update alone takes,
 both timed in turn. For a TPU that need not be there, the share of the operations and of
-the bytes that XLA counts in the compiled step of a GPT-2 small (it counts none for GPUs):
+the bytes that XLA counts in the compiled step of a GPT-2 small (it counts no GPU's):
 
     python benchmarks/optimizer_share.py
     python benchmarks/optimizer_share.py --chip v5e
