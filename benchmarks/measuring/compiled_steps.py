@@ -22,7 +22,7 @@ OPTIMIZERS = {k: make for k, make in updates.OPTIMIZERS.items() if k != "Adafact
 
 def one_chip(name: str) -> topologies.Target:
     """Returns one chip to compile for; call it before anything else uses JAX."""
-    # Compiles several times faster, to a few percent less memory on a v5e.
+    # Compiles several times faster.
     jax.config.update("jax_exec_time_optimization_effort", -1.0)
     try:
         target = topologies.target(CHIPS[name])
