@@ -302,7 +302,7 @@ MUTATIONS = [
         "pass",
         {"params"},
     ),
-    ("no ε1", "_factored_moment", "b2, eps1)", "b2, 0 * eps1)", EVERYTHING),
+    ("no ε1", "_factored_moment", "decay, eps1)", "decay, 0 * eps1)", EVERYTHING),
     ("no ε2", "_confidence", "b3, eps2)", "b3, 0 * eps2)", CONFIDENCE_ON),
     # Outside the mean alone it would be the same number.
     (
