@@ -163,7 +163,7 @@ def test_uneven_parts_within_a_step_equal_one_device(auto_mesh, expected):
     specs = dict.fromkeys(SHAPES, P()) | uneven
     shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
     for name in uneven:
-        with pytest.raises(ValueError, match="partitioned 8 times|divisible by 8"):
+        with pytest.raises(ValueError, match=r"partitioned 8 times|divisible by 8"):
             jax.device_put(PARAMS[name], shardings[name])
 
     def constrain(tree):
