@@ -31,7 +31,7 @@ from measuring import ROOT, output
 
 from came_optax import LastTwoAxes, Stacked, came, state_sharding
 from pretraining import devices, topologies
-from pretraining.ahead_of_time import compile_step
+from pretraining.ahead_of_time import bytes_per_chip, compile_step
 from pretraining.models.gpt2 import GPT2, Block, GPT2Config
 from pretraining.sharding import make_gather, param_shardings
 from pretraining.step import TrainState
@@ -151,13 +151,6 @@ def measure(model: str, optimizer: str, chips: int) -> dict[str, Any]:
         "fits": fits,
         "compiled": compiled,
     }
-
-
-def bytes_per_chip(tree: Any) -> int:
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        for x in jax.tree.leaves(tree)
-    )
 
 
 def write_table(results: dict[str, Any], planned: Sequence[int]) -> None:

@@ -24,6 +24,8 @@ import optax
 import tqdm
 from measuring import output, updates
 
+from came_optax import state_memory
+
 MODELS = {
     "gpt2": updates.gpt2_shapes,
     "bert": updates.bert_shapes,
@@ -45,11 +47,10 @@ class JaxUpdate:
         began = time.process_time()
         self.update = lowered.compile()
         temporaries = self.update.memory_analysis().temp_size_in_bytes
-        state_bytes = sum(x.nbytes for x in jax.tree.leaves(self.state))
         self.takes = {
             "compiled in (CPU s)": f"{time.process_time() - began:.1f}",
             "temporaries (MB)": f"{temporaries / 1e6:.1f}",
-            "state (MB)": f"{state_bytes / 1e6:.1f}",
+            "state (MB)": f"{state_memory(tx, grads).total / 1e6:.1f}",
         }
 
     def __call__(self) -> None:

@@ -111,8 +111,8 @@ def compile_step(step: Any, state: TrainState, batch: Any, target: Target) -> Re
     """Compiles a jitted training step, called with `state` and `batch`."""
     parameters = sum(p.size for p in jax.tree.leaves(state.params))
     parts = {
-        "parameters": _bytes_per_chip(state.params),
-        "optimizer state": _bytes_per_chip(state.opt_state),
+        "parameters": bytes_per_chip(state.params),
+        "optimizer state": bytes_per_chip(state.opt_state),
     }
     began = time.perf_counter()
     try:
@@ -160,7 +160,8 @@ def needed_and_available(message: str) -> tuple[int, int] | None:
     return None
 
 
-def _bytes_per_chip(tree: Any) -> int:
+def bytes_per_chip(tree: Any) -> int:
+    """Returns the bytes that each chip holds of a sharded tree."""
     return sum(
         int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)
