@@ -18,12 +18,10 @@ import jax
 import optax
 import tqdm
 from measuring import hlo, output, updates
+from measuring.chips import CHIPS, target
 
-from pretraining.errors import UserError
 from pretraining.models import gpt2
-from pretraining.topologies import target
 
-CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "h100": "h100:1"}
 EXACT = {"SGD": 12.0, "AdamW": 28.0}  # Bytes per parameter.
 
 
@@ -60,10 +58,7 @@ def main() -> None:
     parser.add_argument("--output", type=pathlib.Path, default=output.DEFAULT)
     args = parser.parse_args()
 
-    try:
-        device = target(CHIPS[args.chip]).devices[0]
-    except UserError as error:
-        sys.exit(str(error))
+    device = target(args.chip).devices[0]
     params = updates.gpt2_shapes(args.size)
     rows = [
         {args.chip: name} | measure(updates.OPTIMIZERS[name](), params, device)

@@ -12,24 +12,21 @@ import argparse
 import dataclasses
 import pathlib
 import statistics
-import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from compiled_traffic import CHIPS
 from measuring import output, updates
+from measuring.chips import CHIPS, target
 from update import time_in_turn
 
 from pretraining import devices
-from pretraining.errors import UserError
 from pretraining.models import gpt2
 from pretraining.step import make_init, make_train_step, state_shapes
 from pretraining.task import Task
-from pretraining.topologies import target
 
-TPUS = {chip: topology for chip, topology in CHIPS.items() if chip != "h100"}
+TPUS = [chip for chip in CHIPS if chip != "h100"]
 OPTIMIZERS = ("AdamW", "CAME, float32", "CAME, int8")
 
 
@@ -111,10 +108,7 @@ def main() -> None:
         if args.chip == "cpu":
             share = timed_share(make(), args.batch_size or 32, args.rounds)
         else:
-            try:
-                device = target(TPUS[args.chip]).devices[0]
-            except UserError as error:
-                sys.exit(str(error))
+            device = target(args.chip).devices[0]
             share = compiled_share(make(), args.batch_size or 4, device)
         rows.append({args.chip: name} | share)
     output.write(args.output, f"optimizer_share_{args.chip}", rows, jax=jax.__version__)

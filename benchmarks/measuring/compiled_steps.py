@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import pathlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +10,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from measuring import updates
+from measuring import chips, updates
 from pretraining import ahead_of_time, devices, topologies
-from pretraining.errors import UserError
 from pretraining.task import Task
 
-CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "h100": "h100:1"}
+CHIPS = ("v5e", "v5p", "h100")
 OPTIMIZERS = {k: make for k, make in updates.OPTIMIZERS.items() if k != "Adafactor"}
 
 
@@ -24,10 +22,7 @@ def one_chip(name: str) -> topologies.Target:
     """Returns one chip to compile for; call it before anything else uses JAX."""
     # Compiles several times faster.
     jax.config.update("jax_exec_time_optimization_effort", -1.0)
-    try:
-        target = topologies.target(CHIPS[name])
-    except UserError as error:
-        sys.exit(str(error))
+    target = chips.target(name)
     return dataclasses.replace(target, devices=target.devices[:1])
 
 

@@ -1,0 +1,16 @@
+"""Chips to compile for, which need not be there."""
+
+import sys
+
+from pretraining import topologies
+from pretraining.errors import UserError
+
+CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "h100": "h100:1"}
+
+
+def target(chip: str) -> topologies.Target:
+    """Returns what to compile for, or exits; call it before anything else uses JAX."""
+    try:
+        return topologies.target(CHIPS[chip])
+    except UserError as error:
+        sys.exit(str(error))
