@@ -4,9 +4,9 @@ r"""Compare CAME with other optimizers, each at the best of as many learning rat
 
 trains the smallest GPT-2 under every optimizer at one seed and learning rates that are
 10^(1/4) apart around its best, then with more seeds at that best: 8 to 10 runs of about
-15 s each on one CPU core. It goes on where it stopped when run again. Writes a log of
-each run, tables and plots into runs/compare-gpt2-nano. docs/learning-rate.md shows what
-to expect.
+15 s each on one CPU core, or a minute each for BERT and T5. It goes on where it stopped
+when run again. Writes a log of each run, tables and plots into
+runs/compare-gpt2-nano. docs/learning-rate.md shows what to expect.
 """
 
 import dataclasses
@@ -14,11 +14,18 @@ import importlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pretraining import cli, corpus
 from pretraining.comparison import runs, search
 from pretraining.comparison.figures import draw
-from pretraining.comparison.methods import COMPARISON, METHODS, STORAGE, STUDY
+from pretraining.comparison.methods import (
+    COMPARISON,
+    METHODS,
+    RECOMMENDED,
+    STORAGE,
+    STUDY,
+)
 from pretraining.comparison.summary import summarize
 from pretraining.comparison.table import make_tables
 from pretraining.comparison.trainer import Settings, Trainer
@@ -28,19 +35,31 @@ from pretraining.options import option, positive_int
 from pretraining.task import Task
 
 LOG_EVERY = 10
+# A run of the smallest size that ranks optimizers. BERT learns from one token in seven,
+# and on small batches no more for a long time than how often each token occurs.
+RUNS = {
+    "gpt2": {"steps": 600, "batch_size": 8, "eval_batches": 48},
+    "bert": {"steps": 600, "batch_size": 256, "eval_batches": 24},
+    "t5": {"steps": 600, "batch_size": 16, "eval_batches": 48},
+}
 # What has a table and plots of its own, beginning with what it varies.
 GROUPS = {
-    "comparison": COMPARISON,
+    "comparison": (*COMPARISON, RECOMMENDED),
     "study": ("adamw", "came", "came-bc", "came-bc-clip-1", *STUDY),
-    "storage": ("adamw", "came-bc-b2-0.95-eps2-0.1-clip-1", *STORAGE),
+    "storage": ("adamw", RECOMMENDED, *STORAGE),
 }
+
+
+def _of_task(name: str, help: str) -> Any:
+    defaults = ", ".join(f"{task} {run[name]}" for task, run in RUNS.items())
+    return option(None, f"{help} (default: {defaults})", type=positive_int)
 
 
 @dataclasses.dataclass(frozen=True)
 class CompareOptions:
     """Options for the comparison."""
 
-    task: str = option("gpt2", "to train on", choices=("gpt2", "bert", "t5"))
+    task: str = option("gpt2", "to train on", choices=RUNS)
     size: str = option("nano", "of the model")
     methods: Sequence[str] | None = option(
         None,
@@ -49,12 +68,12 @@ class CompareOptions:
         choices=METHODS,
         metavar="METHOD",
     )
-    steps: int = option(600, "updates of a run", type=positive_int)
-    batch_size: int = option(8, "sequences per update", type=positive_int)
-    seeds: int = option(3, "at each best learning rate", type=positive_int)
-    eval_batches: int = option(
-        48, "held-out batches to evaluate on, always the same", type=positive_int
+    steps: int | None = _of_task("steps", "updates of a run")
+    batch_size: int | None = _of_task("batch_size", "sequences per update")
+    eval_batches: int | None = _of_task(
+        "eval_batches", "held-out batches to evaluate on, always the same"
     )
+    seeds: int = option(3, "at each best learning rate", type=positive_int)
     output: str | None = option(
         None,
         "folder of all results (default: runs/compare-TASK-SIZE)",
@@ -65,15 +84,13 @@ class CompareOptions:
 def main() -> None:
     options, text = cli.parse_without_run(__doc__, [CompareOptions, corpus.TextOptions])
     folder = Path(options.output or f"runs/compare-{options.task}-{options.size}")
-    if options.steps % LOG_EVERY:
-        raise UserError(f"--steps {options.steps}: must be a multiple of {LOG_EVERY}")
-    settings = Settings(
-        options.steps,
-        options.batch_size,
-        evaluations=10,
-        eval_batches=options.eval_batches,
-        log_every=LOG_EVERY,
-    )
+    run = {
+        name: getattr(options, name) or default
+        for name, default in RUNS[options.task].items()
+    }
+    if run["steps"] % LOG_EVERY:
+        raise UserError(f"--steps {run['steps']}: must be a multiple of {LOG_EVERY}")
+    settings = Settings(**run, evaluations=10, log_every=LOG_EVERY)
     task = make_task(options, text)
     check_settings(folder, task, settings)
     for name in options.methods or METHODS:

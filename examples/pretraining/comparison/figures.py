@@ -18,15 +18,16 @@ _LINES = ("-", "--", "-.", ":")
 
 
 def draw(path: Path, title: str, summaries: Sequence[Summary]) -> None:
-    """Draws loss against steps, learning rate and optimizer state, side by side."""
-    figure, axes = plt.subplots(
-        1, 3, figsize=(16, 6), layout="constrained", sharey=True
+    """Draws loss against steps, learning rate and optimizer state."""
+    figure, grid = plt.subplots(
+        2, 2, figsize=(9, 8.5), layout="constrained", sharey=True
     )
-    best = min(summary.finals().mean() for summary in summaries)
-    worst = max(summary.finals().mean() for summary in summaries)
+    *axes, legend = grid.flat
+    means = [summary.finals().mean() for summary in summaries]
     lowest = min(min(*s.finals(), *s.losses.values()) for s in summaries)
-    range_ = min(max(worst - best, 0.01 * best), 0.05 * best)
-    axes[0].set_ylim(lowest - 0.1 * range_, best + 2.2 * range_)
+    # Not so far up as the worst, which may have learnt next to nothing.
+    range_ = max(np.quantile(means, 0.8) - min(means), 0.01 * min(means))
+    axes[0].set_ylim(lowest - 0.1 * range_, min(means) + 1.5 * range_)
     for index, summary in enumerate(summaries):
         style = {
             "color": f"C{index % 10}",
@@ -47,6 +48,7 @@ def draw(path: Path, title: str, summaries: Sequence[Summary]) -> None:
             **style | {"linestyle": "none", "markersize": 8},
         )
     axes[0].set(xlabel="step", ylabel="validation loss (nats per token)")
+    axes[2].set(ylabel="validation loss (nats per token)")
     axes[0].set_title("at the best learning rate, mean of the seeds", fontsize=10)
     axes[1].set(xlabel="peak learning rate", xscale="log")
     axes[1].set_title(
@@ -55,8 +57,9 @@ def draw(path: Path, title: str, summaries: Sequence[Summary]) -> None:
     axes[2].set(xlabel="optimizer state (bytes per parameter)", xlim=(-0.5, 9))
     axes[2].set_title("after all steps, mean and spread of the seeds", fontsize=10)
     figure.suptitle(title)
+    legend.axis("off")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, handlelength=4)
+    legend.legend(handles, labels, loc="center", handlelength=4, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -56,6 +56,7 @@ COMPARISON = {
 }
 
 # What docs/learning-rate.md recommends.
+RECOMMENDED = "came-bc-b2-0.95-eps2-0.1-clip-1"
 _RECOMMENDED: dict[str, Any] = {
     "bias_correction": True,
     "b2": 0.95,
@@ -64,9 +65,7 @@ _RECOMMENDED: dict[str, Any] = {
 }
 
 STUDY = {
-    "came-bc-b2-0.95-eps2-0.1-clip-1": _came(
-        "CAME, bias-corrected, β2 0.95, ε2 0.1, update clip 1", 3e-3, **_RECOMMENDED
-    ),
+    RECOMMENDED: _came("CAME, recommended", 3e-3, **_RECOMMENDED),
     "came-bc-b2-0.95-clip-1": _came(
         "CAME, bias-corrected, β2 0.95, update clip 1",
         3e-3,

@@ -48,7 +48,7 @@ def _size(width: int, layers: int, heads: int, **others: int) -> BERTConfig:
 
 
 SIZES = {
-    "nano": _size(64, 2, 2, vocab_size=512, max_position_embeddings=64),
+    "nano": _size(64, 2, 2, vocab_size=128, max_position_embeddings=16),
     "tiny": _size(128, 2, 2, vocab_size=2048, max_position_embeddings=128),
     "mini": _size(256, 4, 4),
     "small": _size(512, 4, 8),

@@ -65,6 +65,7 @@ def _version_1_0(config: T5Config) -> T5Config:
 
 
 SIZES = {
+    "nano": _size(64, 128, 2, 2, d_kv=32, vocab_size=612),
     "tiny": _size(128, 256, 2, 4, d_kv=32, vocab_size=2176),
     "small": _size(512, 1024, 8, 6),
     "base": _size(768, 2048, 12, 12),
@@ -77,7 +78,7 @@ SIZES = {
 
 
 # Input tokens, for want of a most: any number fits.
-INPUTS = {size: 128 if size.startswith("tiny") else 512 for size in SIZES}
+INPUTS = {size: 512 for size in SIZES} | {"nano": 64, "tiny": 128, "tiny-v1.0": 128}
 
 
 class Attention(nnx.Module):
