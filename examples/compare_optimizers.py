@@ -42,11 +42,12 @@ RUNS = {
     "bert": {"steps": 600, "batch_size": 256, "eval_batches": 24},
     "t5": {"steps": 600, "batch_size": 16, "eval_batches": 48},
 }
+ADAMWS = ("adamw", "adamw-b2-0.999")
 # What has a table and plots of its own, beginning with what it varies.
 GROUPS = {
     "comparison": (*COMPARISON, RECOMMENDED),
-    "study": ("adamw", "came", "came-bc", "came-bc-clip-1", *STUDY),
-    "storage": ("adamw", RECOMMENDED, *STORAGE),
+    "study": (*ADAMWS, "came", "came-bc", "came-bc-clip-1", *STUDY),
+    "storage": (*ADAMWS, RECOMMENDED, *STORAGE),
 }
 
 

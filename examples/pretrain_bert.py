@@ -2,10 +2,10 @@ r"""Pretrain BERT on real text with CAME.
 
     python examples/pretrain_bert.py
 
-trains the tiny size to fill in masked words of the presidents' State of the Union
-addresses, on two CPU cores. The run's folder can then be
-fine-tuned (finetune_classifier.py) or loaded by Hugging Face's `transformers`.
-On an accelerator:
+trains the nano size to fill in masked pieces of words of the presidents' State of the
+Union addresses. On two CPU cores it takes a minute and ends with 49 % of them right
+(guessing the commonest: 7 %). The run's folder can then be fine-tuned
+(finetune_classifier.py) or loaded by Hugging Face's `transformers`. On an accelerator:
 
     python examples/pretrain_bert.py --size large --text mine/*.txt --seq-len 128 \
         --batch-size 8192 --accumulate 16 --steps 20000
@@ -28,7 +28,7 @@ from pretraining.training import Trainer, TrainingOptions
 class ModelOptions:
     """Options for the model."""
 
-    size: str = option("tiny", "of the model", choices=bert.SIZES)
+    size: str = option("nano", "of the model", choices=bert.SIZES)
     vocab_size: int | None = option(
         None, "tokens to learn (default: the size's own)", type=positive_int
     )
@@ -73,7 +73,14 @@ def main() -> None:
         "pretrain_bert",
         __doc__,
         [ModelOptions, corpus.TextOptions, OptimizerOptions, TrainingOptions],
-        defaults={"steps": 2000, "batch_size": 32},
+        defaults={
+            "batch_size": 256,
+            "learning_rate": 5e-3,
+            "b2": 0.95,
+            "eps2": 0.1,
+            "bias_correction": True,
+            "update_clipping_threshold": 1.0,
+        },
     )
     task = make_task(model, text, training.seq_len)
     length = task.tokens_per_record

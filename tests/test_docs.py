@@ -27,7 +27,13 @@ def run(code: list[str]) -> dict:
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in sorted(DOCS.glob("*.md")) if blocks(p)], ids=lambda p: p.stem
+    "path",
+    [
+        page
+        for page in sorted([*DOCS.glob("*.md"), *DOCS.glob("examples/*.md")])
+        if blocks(page)
+    ],
+    ids=lambda path: path.stem,
 )
 def test_blocks_run(path):
     run(blocks(path))
