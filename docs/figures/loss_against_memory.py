@@ -21,13 +21,15 @@ from pretraining.comparison.summary import summarize  # noqa: E402
 RESULTS = ROOT / "docs" / "results" / "gpt2-nano"
 # Marker, and where the label stands, in points from the marker.
 METHODS = {
-    "adamw": ("AdamW", "s", (-32, 0)),
+    "adamw": ("AdamW, β2 0.95", "s", (-56, 4)),
+    "adamw-b2-0.999": ("AdamW, β2 0.999", "s", (-60, -6)),
     "muon": ("Muon", "D", (30, 0)),
     "adafactor": ("Adafactor,\nmomentum 0.9", "^", (-48, -10)),
+    "adafactor-b1-0": ("Adafactor,\nno momentum", "^", (38, -40)),
     "came": ("CAME,\nas published", "o", (48, 0)),
     "came-bc-b2-0.95-eps2-0.1-clip-1": ("CAME,\nfloat32", "o", (36, 6)),
     "came-bfloat16": ("CAME,\nbfloat16", "o", (0, 30)),
-    "came-int8": ("CAME,\nint8", "o", (8, -28)),
+    "came-int8": ("CAME,\nint8", "o", (24, -24)),
     "came-int4": ("CAME,\nint4", "o", (-8, 24)),
 }
 
