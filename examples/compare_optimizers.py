@@ -20,9 +20,9 @@ from pretraining import cli, corpus
 from pretraining.comparison import runs, search
 from pretraining.comparison.figures import draw
 from pretraining.comparison.methods import (
+    AS_RECOMMENDED,
     COMPARISON,
     METHODS,
-    RECOMMENDED,
     STORAGE,
     STUDY,
 )
@@ -45,9 +45,9 @@ RUNS = {
 ADAMWS = ("adamw", "adamw-b2-0.999")
 # What has a table and plots of its own, beginning with what it varies.
 GROUPS = {
-    "comparison": (*COMPARISON, RECOMMENDED),
+    "comparison": (*COMPARISON, AS_RECOMMENDED),
     "study": (*ADAMWS, "came", "came-bc", "came-bc-clip-1", *STUDY),
-    "storage": (*ADAMWS, RECOMMENDED, *STORAGE),
+    "storage": (*ADAMWS, AS_RECOMMENDED, *STORAGE),
 }
 
 

@@ -24,7 +24,7 @@ from pretraining.devices import compute_dtype
 from pretraining.errors import UserError
 from pretraining.labelled import Examples, LabelledTextOptions
 from pretraining.models import classifier
-from pretraining.optimizers import OptimizerOptions
+from pretraining.optimizers import RECOMMENDED, OptimizerOptions
 from pretraining.options import decay_rate, option
 from pretraining.task import Task
 from pretraining.training import Trainer, TrainingOptions
@@ -60,13 +60,10 @@ def main() -> None:
             "batch_size": 32,
             "seq_len": 48,
             "learning_rate": 5e-5,
-            "b2": 0.95,
-            "eps2": 0.1,
-            "bias_correction": True,
-            "update_clipping_threshold": 1.0,
             "weight_decay": 0.01,
             "eval_every": 50,
-        },
+        }
+        | RECOMMENDED,
     )
     folder = Path(model.pretrained or minilm())
     config = dataclasses.replace(

@@ -8,7 +8,7 @@ Union addresses. On two CPU cores it takes a minute and ends with 49 % of them r
 (finetune_classifier.py) or loaded by Hugging Face's `transformers`. On an accelerator:
 
     python examples/pretrain_bert.py --size large --text mine/*.txt --seq-len 128 \
-        --batch-size 8192 --accumulate 16 --steps 20000
+        --batch-size 8192 --accumulate 16 --steps 20000 --learning-rate 5e-4
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from pretraining import baselines, cli, corpus, hugging_face, tokenization
 from pretraining.devices import compute_dtype
 from pretraining.masking import SEP, Masking
 from pretraining.models import bert
-from pretraining.optimizers import OptimizerOptions
+from pretraining.optimizers import RECOMMENDED, OptimizerOptions
 from pretraining.options import option, positive_int
 from pretraining.pipeline import Windows
 from pretraining.task import Task
@@ -73,14 +73,7 @@ def main() -> None:
         "pretrain_bert",
         __doc__,
         [ModelOptions, corpus.TextOptions, OptimizerOptions, TrainingOptions],
-        defaults={
-            "batch_size": 256,
-            "learning_rate": 5e-3,
-            "b2": 0.95,
-            "eps2": 0.1,
-            "bias_correction": True,
-            "update_clipping_threshold": 1.0,
-        },
+        defaults={"batch_size": 256, "learning_rate": 5e-3} | RECOMMENDED,
     )
     task = make_task(model, text, training.seq_len)
     length = task.tokens_per_record

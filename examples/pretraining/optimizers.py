@@ -74,6 +74,15 @@ class OptimizerOptions:
     )
 
 
+# For CAME, what docs/learning-rate.md recommends.
+RECOMMENDED = {
+    "b2": 0.95,
+    "eps2": 0.1,
+    "bias_correction": True,
+    "update_clipping_threshold": 1.0,
+}
+
+
 def make_schedule(options: OptimizerOptions, steps: int) -> optax.Schedule:
     """Linear warmup from 0, then a cosine down to a tenth of the peak."""
     peak = options.learning_rate or _TABLE[options.optimizer].learning_rate

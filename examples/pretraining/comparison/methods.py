@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from pretraining.optimizers import OptimizerOptions
+from pretraining.optimizers import RECOMMENDED, OptimizerOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,17 +55,10 @@ COMPARISON = {
     "muon": _method("Muon", "muon", 1e-2),
 }
 
-# What docs/learning-rate.md recommends.
-RECOMMENDED = "came-bc-b2-0.95-eps2-0.1-clip-1"
-_RECOMMENDED: dict[str, Any] = {
-    "bias_correction": True,
-    "b2": 0.95,
-    "eps2": 0.1,
-    "update_clipping_threshold": 1.0,
-}
+AS_RECOMMENDED = "came-bc-b2-0.95-eps2-0.1-clip-1"
 
 STUDY = {
-    RECOMMENDED: _came("CAME, recommended", 3e-3, **_RECOMMENDED),
+    AS_RECOMMENDED: _came("CAME, recommended", 3e-3, **RECOMMENDED),
     "came-bc-b2-0.95-clip-1": _came(
         "CAME, bias-corrected, β2 0.95, update clip 1",
         3e-3,
@@ -96,7 +89,7 @@ STORAGE = {
     f"came-{mu_dtype}": _came(
         f"CAME, recommended, {mu_dtype} momentum",
         3e-3,
-        **_RECOMMENDED,
+        **RECOMMENDED,
         mu_dtype=mu_dtype,
     )
     for mu_dtype in ("bfloat16", "int8", "int4")
