@@ -24,6 +24,7 @@ extensions = [
 exclude_patterns = ["_build", "results"]
 templates_path = ["_templates"]
 myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 2
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600  # seconds

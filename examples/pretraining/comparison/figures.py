@@ -26,8 +26,8 @@ def draw(path: Path, title: str, summaries: Sequence[Summary]) -> None:
     means = [summary.finals().mean() for summary in summaries]
     lowest = min(min(*s.finals(), *s.losses.values()) for s in summaries)
     # Not so far up as the worst, which may have learnt next to nothing.
-    range_ = max(np.quantile(means, 0.8) - min(means), 0.01 * min(means))
-    axes[0].set_ylim(lowest - 0.1 * range_, min(means) + 1.5 * range_)
+    range_ = max(np.quantile(means, 0.85) - min(means), 0.01 * min(means))
+    axes[0].set_ylim(lowest - 0.1 * range_, min(means) + 2 * range_)
     for index, summary in enumerate(summaries):
         style = {
             "color": f"C{index % 10}",
