@@ -264,6 +264,15 @@ def test_other_settings_need_another_folder(task: Task, tmp_path, monkeypatch):
         compare(task, tmp_path, "--steps", "25")
 
 
+def test_each_task_has_its_own_length_of_a_run(task: Task, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare_optimizers, "compare", lambda *_: None)
+    for name, eval_batches in {"gpt2": 48, "bert": 24}.items():
+        compare(task, tmp_path / name, "--task", name)
+        settings = json.loads((tmp_path / name / "settings.json").read_text())
+        assert settings["eval_batches"] == eval_batches
+        assert settings["steps"] == 20  # As given.
+
+
 def test_largest_update_is_over_the_learning_rate():
     tx = record_largest_update(lambda count: 0.1 * (count + 1))
     updates = {"a": np.array([3.0, 4.0], np.float32), "b": np.float32(1.0)}
