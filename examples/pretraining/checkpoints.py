@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,7 @@ class Checkpoints:
     """The checkpoints of one run, in `<run>/checkpoints`; the newest two are kept."""
 
     def __init__(self, run: Path):
-        # Orbax logs failures with their tracebacks before it raises them.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        _say_a_failure_once()
         self._folder = run / "checkpoints"
         self._manager = ocp.CheckpointManager(
             self._folder.absolute(),
@@ -55,11 +55,8 @@ class Checkpoints:
             state=ocp.args.StandardSave(state._asdict()),
             about=ocp.args.JsonSave(about | {"layout": _layout(state)}),
         )
-        report = sys.unraisablehook
-        sys.unraisablehook = _except_closed_loops(report)
         try:
             self._manager.save(step, args=args)
-            sys.unraisablehook = report
         except (ValueError, OSError) as error:  # TensorStore raises ValueError.
             kept = self.latest_step
             raise UserError(
@@ -118,18 +115,23 @@ def _layout(state: Mapping[str, Any] | TrainState) -> dict[str, str]:
     }
 
 
-def _except_closed_loops(report: Callable[[Any], object]) -> Callable[[Any], object]:
-    """Wraps `sys.unraisablehook` to be silent about writes that outlive a failed save.
+def _say_a_failure_once() -> None:
+    """Silences what Orbax prints of a failed save besides the exception it raises.
 
-    Orbax closes its event loop when the first array fails. TensorStore then ends the
-    others, in its own threads and for a while after, with a traceback each.
+    It logs the exception with its traceback, then closes its event loop when the first
+    array fails. TensorStore ends the others in its own threads and for a while after,
+    each with a traceback and a coroutine that nobody awaits.
     """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    late = r"Event loop is closed|coroutine '.*write_fragment' was never awaited"
+    warnings.filterwarnings("ignore", late, RuntimeWarning)
+    report = sys.unraisablehook
 
-    def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
+    def report_others(unraisable: Any) -> None:
+        if not re.match(late, str(unraisable.exc_value)):
             report(unraisable)
 
-    return hook
+    sys.unraisablehook = report_others
 
 
 def _reason(error: Exception) -> str:

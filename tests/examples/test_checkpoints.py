@@ -1,6 +1,8 @@
 """Checkpoints: complete or absent, and checked against what is to be restored."""
 
 import shutil
+import sys
+import warnings
 from pathlib import Path
 
 import chex
@@ -76,3 +78,23 @@ def test_a_damaged_one_names_the_older(tmp_path: Path, pattern: str):
         Checkpoints(tmp_path).restore(init)
     shutil.rmtree(tmp_path / "checkpoints" / "4")
     chex.assert_trees_all_equal(Checkpoints(tmp_path).restore(init), make_state(2))
+
+
+def test_what_outlives_a_failed_save_is_not_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    reports: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", reports.append)
+    Checkpoints(tmp_path)
+    warnings.simplefilter("error")  # As in these tests, when the late one arrives.
+
+    async def write_fragment():
+        pass
+
+    async def other():
+        pass
+
+    write_fragment()
+    assert reports == []
+    other()
+    assert len(reports) == 1
