@@ -38,8 +38,8 @@ class ScaleByConfidenceState(NamedTuple):
     Attributes:
       count: number of updates so far; shape (), int32.
       mu: first moment of the updates; the leaf's shape, in the dtype that
-        ``mu_dtype`` says. With ``"int4"``, uint8 bytes of two neighbours along the last
-        axis but one, or another if only that is of even size.
+        ``mu_dtype`` says. With ``"int4"``, uint8 bytes of two neighbours along the
+        first axis of even size.
       mu_row: largest magnitude in each row of a quantized first moment; the leaf's
         shape without ``col`` axes.
       mu_col: largest magnitude in each column of a quantized first moment; the leaf's

@@ -112,13 +112,11 @@ def packed_shape(shape: Shape) -> Shape:
 def packed_axis(shape: Shape) -> int:
     """Returns the axis along which 4-bit codes of an array are packed.
 
-    Preferably the last but one, which keeps whole vector registers together, and one
-    of even size. Depends on nothing else, as states must not depend on a mesh.
+    The first of even size: pairs of whole matrices of a stack, or of rows, cost a TPU
+    less than pairs of columns. Depends on nothing else, as states must not depend on a
+    mesh.
     """
-    last = len(shape) - 1
-    order = [*range(last - 1, -1, -1), last]
-    even: list[int] = [axis for axis in order if shape[axis] % 2 == 0]
-    return (even or order)[0]
+    return next((axis for axis, n in enumerate(shape) if n % 2 == 0), 0)
 
 
 def _divisible(x: jax.Array, axis: int) -> jax.Array:
