@@ -172,10 +172,10 @@ def scale_by_confidence(
             momentum.check(path, stored, x, axes, mu_dtype)
             old_m = momentum.load(stored, x, axes, mu_dtype)
             m = stats.moving_average(old_m, x, decay)
+            for_row, for_col = momentum.again(m, old_m, x, decay, mu_dtype)
             delta = m
             if axes.factored:
-                residual = x - m
-                again = stats.for_second_mean(residual, m - x)
+                residual, again = x - for_row, stats.for_second_mean(x - for_col)
                 s_row = stats.update_mean_square(s_row, residual, axes.col, b3, eps2)
                 s_col = stats.update_mean_square(s_col, again, axes.row, b3, eps2)
                 delta = stats.divide_by_factored_root(m, s_row, s_col, axes)
@@ -185,7 +185,7 @@ def scale_by_confidence(
                 if axes.factored:
                     scale *= jnp.sqrt(stats.one_minus_power(b3, count))
                 delta *= scale.astype(delta.dtype)
-            stored = momentum.store(m, stored, axes, mu_dtype)
+            stored = momentum.store(m, for_row, for_col, stored, axes, mu_dtype)
             return _Leaf(stored, s_row, s_col, delta.astype(u.dtype))
 
         leaves = jax.tree.map_with_path(

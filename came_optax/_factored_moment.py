@@ -130,7 +130,7 @@ def scale_by_factored_moment(
             x = stats.in_precision_of(v, g)
             if axes.factored:
                 v_row = stats.update_mean_square(v_row, x, axes.col, decay, eps1)
-                again = stats.for_second_mean(x, x)
+                again = stats.for_second_mean(x)
                 v_col = stats.update_mean_square(v_col, again, axes.row, decay, eps1)
                 u = stats.divide_by_factored_root(x, v_row, v_col, axes)
                 decay = stats.in_turn(decay, v_row)

@@ -100,14 +100,48 @@ def load(
     return quantization.decode(codes, scale, _BITS[mu_dtype])
 
 
-def store(m: jax.Array, stored: Stored, axes: FactoredAxes, mu_dtype: str) -> Stored:
-    """Returns ``stored`` with momentum ``m`` in its place."""
+def again(
+    m: jax.Array, old_m: jax.Array, x: jax.Array, decay: jax.Array, mu_dtype: str
+) -> tuple[jax.Array, jax.Array]:
+    """Returns ``m``, the moving average of ``old_m`` and ``x``, by two other formulas.
+
+    The statistics of rows and of columns take a pass over memory each. XLA would store
+    ``m`` for them and for the update; what it takes for other numbers it computes from
+    what is in memory anyway. That saves 7 of 50 bytes per parameter on an H100 with
+    int8. Where the first pass stores ``m`` all the same, or on CPUs, it doesn't pay.
+    """
+
+    def reworded(
+        m: jax.Array, old_m: jax.Array, x: jax.Array, decay: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        change, decay = old_m - x, decay.astype(x.dtype)
+        for_row = old_m - (1 - decay) * change
+        return for_row if _is_quantized(m, mu_dtype) else m, x + decay * change
+
+    both: tuple[jax.Array, jax.Array] = jax.lax.platform_dependent(
+        m, old_m, x, decay, cpu=lambda m, *_: (m, m), default=reworded
+    )
+    return both
+
+
+def store(
+    m: jax.Array,
+    for_row: jax.Array,
+    for_col: jax.Array,
+    stored: Stored,
+    axes: FactoredAxes,
+    mu_dtype: str,
+) -> Stored:
+    """Returns ``stored`` with momentum ``m`` in its place.
+
+    Scales are those of ``for_row`` and ``for_col``, which are ``m`` :func:`again`.
+    """
     if not _is_quantized(m, mu_dtype):
         return stored._replace(mu=m.astype(_stored_dtype(m, mu_dtype)))
     row_max, col_max = quantization.reductions(axes, m.ndim)
-    row, col = quantization.largest(m, row_max), stored.mu_col
+    row, col = quantization.largest(for_row, row_max), stored.mu_col
     if col_max is not None:
-        col = quantization.largest(m, col_max)
+        col = quantization.largest(for_col, col_max)
     scale = quantization.scale_of(row, col, row_max, col_max)
     codes = quantization.encode(m, scale, _BITS[mu_dtype])
     if mu_dtype == "int4":

@@ -56,8 +56,11 @@ def scale_of(
 
 
 def encode(x: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
-    """Returns int8 codes of ``bits`` bits for numbers between −scale and scale."""
-    magnitude = jnp.abs(x) / jnp.where(scale == 0, 1, scale)
+    """Returns int8 codes of ``bits`` bits for numbers between −scale and scale.
+
+    Rounding errors beyond that are cut off.
+    """
+    magnitude = jnp.minimum(jnp.abs(x) / jnp.where(scale == 0, 1, scale), 1)
     code = jnp.round(_TOP[bits] / 2 * (jnp.sqrt(1 + 8 * magnitude) - 1))
     return jnp.where(x < 0, -code, code).astype(jnp.int8)
 

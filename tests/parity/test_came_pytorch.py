@@ -291,8 +291,8 @@ MUTATIONS = [
     (
         "old momentum in the residual",
         "_confidence",
-        "residual = x - m",
-        "residual = x - old_m",
+        "momentum.again(m,",
+        "momentum.again(old_m,",
         CONFIDENCE_ON,
     ),
     (

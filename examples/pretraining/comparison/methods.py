@@ -14,11 +14,14 @@ class Method:
         label: For tables and plots.
         options: Of the optimizer. `learning_rate` is where the search begins.
         warmup: Part of the steps spent in warmup.
+        param_dtype: In which parameters are stored; updates of narrower ones than
+            float32 are rounded stochastically.
     """
 
     label: str
     options: OptimizerOptions
     warmup: float = 0.1
+    param_dtype: str = "float32"
 
 
 def _method(
@@ -94,5 +97,10 @@ STORAGE = {
     )
     for mu_dtype in ("bfloat16", "int8", "int4")
 }
+STORAGE["came-int8-bfloat16-params"] = dataclasses.replace(
+    STORAGE["came-int8"],
+    label="CAME, recommended, int8 momentum, bfloat16 parameters",
+    param_dtype="bfloat16",
+)
 
 METHODS = COMPARISON | STUDY | STORAGE

@@ -24,7 +24,7 @@ from pretraining.step import (
     make_train_step,
     state_shardings,
 )
-from pretraining.task import Task
+from pretraining.task import Task, with_param_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Trainer:
     """Trains a task with one method, at any learning rate and seed."""
 
     def __init__(self, task: Task, method: Method, settings: Settings):
+        task = with_param_dtype(task, method.param_dtype)
         self.task, self.method, self.settings = task, method, settings
         self.mesh = devices.make_mesh()
         warmup = round(method.warmup * settings.steps)
@@ -90,6 +91,7 @@ class Trainer:
             "learning_rate": learning_rate,
             "seed": seed,
             "options": _given(self.method.options),
+            "param_dtype": self.method.param_dtype,
             "warmup": self.options.warmup,
         }
         rows: list[dict[str, Any]] = []
