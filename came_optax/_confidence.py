@@ -39,7 +39,7 @@ class ScaleByConfidenceState(NamedTuple):
       count: number of updates so far; shape (), int32.
       mu: first moment of the updates; the leaf's shape, in the dtype that
         ``mu_dtype`` says. With ``"int4"``, uint8 bytes of two neighbours along the
-        first axis of even size.
+        first axis of even size, or of two rows 8 apart where rows are many and odd.
       mu_row: largest magnitude in each row of a quantized first moment; the leaf's
         shape without ``col`` axes.
       mu_col: largest magnitude in each column of a quantized first moment; the leaf's

@@ -36,6 +36,7 @@ SHAPES = [
     (5001,),
     (64, 64),
     (67, 65),
+    (1031, 6),
     (1, 4097),
     (4097, 1),
     (3, 37, 41),
@@ -148,6 +149,7 @@ def test_any_shape(shape: list[int], mu_dtype: str, seed: int) -> None:
         ("int4", jnp.float32, (64, 64), 0.5),
         ("int4", jnp.float32, (65, 64), 0.5),
         ("int4", jnp.float32, (2, 1, 2048), 0.5),
+        ("int4", jnp.float32, (1031, 6), 520 / 1031),  # Rows padded to 65 × 16.
         ("int4", jnp.float16, (5000,), 0.5),
         ("int4", jnp.float32, (64, 63), 4),
         ("int4", jnp.complex64, (64, 64), 8),

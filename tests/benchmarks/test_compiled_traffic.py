@@ -29,9 +29,9 @@ def layers(number):
     ]
 
 
-def embedding():
+def embedding(vocabulary=50304):
     """A matrix that doesn't fit, as large as GPT-2's with an even vocabulary."""
-    return jax.ShapeDtypeStruct((50304, 768), jnp.float32)
+    return jax.ShapeDtypeStruct((vocabulary, 768), jnp.float32)
 
 
 def measured(name, params, device):
@@ -55,6 +55,19 @@ def test_traffic_of_a_matrix_that_does_not_fit(v5e, mu_dtype, bytes_per_paramete
     found = measured(f"CAME, {mu_dtype}", embedding(), v5e)
     assert found["bytes/parameter"] <= bytes_per_parameter
     assert found["temporaries (MB)"] <= 4 * embedding().size / 1e6
+
+
+def test_an_odd_vocabulary_costs_4_bits_no_more(v5e):
+    found = measured("CAME, int4", embedding(50257), v5e)
+    assert found["bytes/parameter"] <= 25.04
+    assert found["temporaries (MB)"] <= 1
+
+
+def test_4_bits_of_a_stack_of_layers(v5e):
+    stack = jax.ShapeDtypeStruct((24, 1024, 4096), jnp.float32)
+    found = measured("CAME, int4", stack, v5e)
+    assert found["bytes/parameter"] <= 28.03
+    assert found["temporaries (MB)"] <= 102
 
 
 # Everything once would be 20, 16, 14 and 13.
