@@ -12,6 +12,8 @@ import argparse
 import functools
 from typing import Any
 
+import matplotlib
+import matplotlib.pyplot as plt
 from measuring import ROOT, output
 from measuring.compiled_steps import CHIPS, OPTIMIZERS, Results, compile_step, one_chip
 
@@ -64,6 +66,42 @@ def step_table(results: Results) -> str:
     return output.table([{k: v for k, v in r.items() if k not in empty} for r in rows])
 
 
+def draw(results: Results) -> plt.Figure:
+    """Draws the memory of the training steps, a panel a model."""
+    figure, panels = plt.subplots(
+        1, len(STEPS), figsize=(9, 5), sharey=True, layout="constrained"
+    )
+    styles = [
+        {"color": "0.6"},
+        {"color": "white", "hatch": "///"},
+        {"color": "white", "hatch": "..."},
+    ]
+    for model, axes in zip(STEPS, panels, strict=True):
+        for i, (chip, style) in enumerate(zip(CHIPS, styles, strict=True)):
+            gib = {
+                y + 0.27 * (i - 1): step["bytes"] / GIB
+                for y, name in enumerate(OPTIMIZERS)
+                if (step := results.steps.get(f"{chip} | {model} | {name}"))
+            }
+            axes.barh(list(gib), gib.values(), 0.24, edgecolor="0", label=chip, **style)
+        paper = {
+            y: PAPER_STEPS[model][name]
+            for y, name in enumerate(OPTIMIZERS)
+            if name in PAPER_STEPS[model]
+        }
+        axes.plot(
+            list(paper.values()), list(paper), "kD", label="paper, on GPUs (as printed)"
+        )
+        axes.set_title(model)
+        axes.set_xlabel("memory of a training step (GiB)")
+    panels[0].set_yticks(range(len(OPTIMIZERS)), list(OPTIMIZERS))
+    panels[0].invert_yaxis()
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4
+    )
+    return figure
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chip", choices=CHIPS, default="v5e")
@@ -80,6 +118,8 @@ def main() -> None:
     for name, text in {"state": state_table(), "steps": step_table(results)}.items():
         print(f"\n{text}")
         (FOLDER / f"{name}.md").write_text(text + "\n", encoding="utf-8")
+    matplotlib.use("Agg")
+    draw(results).savefig(FOLDER / "steps.png", dpi=150)
 
 
 if __name__ == "__main__":
