@@ -51,7 +51,7 @@ def state_table() -> str:
 
 def step_table(results: Results) -> str:
     def cell(*key: str) -> str:
-        step = results.steps.get(" | ".join(key))
+        step = results.find(*key)
         return f"{step['bytes'] / GIB:.2f}" if step else ""
 
     def row(name: str) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def draw(results: Results) -> plt.Figure:
             gib = {
                 y + 0.27 * (i - 1): step["bytes"] / GIB
                 for y, name in enumerate(OPTIMIZERS)
-                if (step := results.steps.get(f"{chip} | {model} | {name}"))
+                if (step := results.find(chip, model, name))
             }
             axes.barh(list(gib), gib.values(), 0.24, edgecolor="0", label=chip, **style)
         paper = {

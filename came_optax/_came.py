@@ -5,22 +5,18 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from came_optax._checks import (
-    check_inexact,
     check_mask,
-    check_params,
     check_scalar,
-    check_state,
     check_threshold,
 )
 from came_optax._clipping import clip_by_leaf_rms
 from came_optax._confidence import scale_by_confidence
 from came_optax._factored_moment import scale_by_factored_moment
 from came_optax._factoring import FactoringRule, LastTwoAxes
-from came_optax._statistics import real_dtype
+from came_optax._precision import in_full_precision
 
 
 def scale_by_came(
@@ -85,7 +81,7 @@ def scale_by_came(
         ),
         clip_by_leaf_rms(update_clipping_threshold, factoring),
     )
-    return _in_full_precision(inner)
+    return in_full_precision(inner)
 
 
 def came(
@@ -204,7 +200,7 @@ def came(
         else optax.identity(),
         optax.scale_by_learning_rate(learning_rate),
     )
-    return _in_full_precision(inner)
+    return in_full_precision(inner)
 
 
 def _checked_mask(mask: Any) -> Callable[[Any], Any] | None:
@@ -218,39 +214,3 @@ def _checked_mask(mask: Any) -> Callable[[Any], Any] | None:
         return tree
 
     return checked
-
-
-def _in_full_precision(
-    inner: optax.GradientTransformationExtraArgs,
-) -> optax.GradientTransformationExtraArgs:
-    """Runs a chain in float32 or wider, and rounds once, at its end.
-
-    Not only for accuracy: a learning rate or weight decay that is a float32 array (as
-    with ``optax.inject_hyperparams``) would promote narrower updates, and a large
-    update in float16 be infinite before the learning rate makes it small.
-    """
-
-    def widen(x: jax.Array) -> jax.Array:
-        x = jnp.asarray(x)  # NumPy's 64 bits become 32 without jax_enable_x64.
-        return x if jnp.iscomplexobj(x) else x.astype(real_dtype(x.dtype))
-
-    def narrow(x: jax.Array, like: Any) -> jax.Array:
-        return x.astype(jax.dtypes.canonicalize_dtype(like.dtype))
-
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, Any]:
-        check_state(state, tuple, "a chain")
-        check_inexact("updates", updates)
-        like = updates
-        if params is not None:
-            check_params(params, updates)
-            like, params = params, jax.tree.map(widen, params)
-        updates = jax.tree.map(widen, updates)
-        updates, state = inner.update(updates, state, params, **extra_args)
-        return jax.tree.map(narrow, updates, like), state
-
-    return optax.GradientTransformationExtraArgs(inner.init, update_fn)

@@ -74,6 +74,9 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
     return optax.GradientTransformation(lambda params: tx.init(widen(params)), update)
 
 
+_SEPARATOR = " | "  # Between the parts of a key.
+
+
 class Results:
     """What was compiled before, in a JSON file."""
 
@@ -83,7 +86,7 @@ class Results:
 
     def get(self, *key: Any, make: Callable[[], Any]) -> Any:
         """Returns what stands under a key, making and storing it if nothing does."""
-        name = " | ".join(map(str, key))
+        name = _SEPARATOR.join(map(str, key))
         if name not in self.steps:
             made = make()
             print(f"{name}: {made}", flush=True)
@@ -93,9 +96,13 @@ class Results:
             self.path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
         return self.steps[name]
 
+    def find(self, *key: Any) -> Any:
+        """Returns what stands under a key, or None."""
+        return self.steps.get(_SEPARATOR.join(map(str, key)))
+
     def items(self) -> list[tuple[list[str], Any]]:
         """Returns keys, split, and what stands under them."""
-        return [(name.split(" | "), step) for name, step in self.steps.items()]
+        return [(name.split(_SEPARATOR), step) for name, step in self.steps.items()]
 
     def _read(self) -> dict[str, Any]:
         if not self.path.exists():
