@@ -21,15 +21,22 @@ from pretraining.step import TrainState
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `<run>/checkpoints`; the newest two are kept."""
+    """The checkpoints of one run, in `<run>/checkpoints`; the newest two are kept.
 
-    def __init__(self, run: Path):
+    Args:
+        run: The run's folder.
+        read_only: Leaves what a dead process has half written to the one that saves.
+            Orbax removes it in the background, and two removing it fail.
+    """
+
+    def __init__(self, run: Path, *, read_only: bool = False):
         _say_a_failure_once()
         self._folder = run / "checkpoints"
         self._manager = ocp.CheckpointManager(
             self._folder.absolute(),
             item_names=("state", "about"),
             options=ocp.CheckpointManagerOptions(
+                read_only=read_only,  # Turns the next two off.
                 max_to_keep=2,
                 cleanup_tmp_directories=True,
                 # The next step donates the arrays that would still be written.
@@ -120,9 +127,11 @@ def _say_a_failure_once() -> None:
 
     It logs the exception with its traceback, then closes its event loop when the first
     array fails. TensorStore ends the others in its own threads and for a while after,
-    each with a traceback and a coroutine that nobody awaits.
+    each with a traceback, a coroutine that nobody awaits or an exception that nobody
+    retrieves.
     """
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for logger in ("absl", "asyncio"):
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
     late = r"Event loop is closed|coroutine '.*write_fragment' was never awaited"
     warnings.filterwarnings("ignore", late, RuntimeWarning)
     report = sys.unraisablehook

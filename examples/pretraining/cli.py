@@ -40,7 +40,7 @@ def parse(
 
         output = Path(args.output or runs.latest(name))
         runs.prepare(output, resume=True)
-        options = Checkpoints(output).load_about()["options"]
+        options = Checkpoints(output, read_only=True).load_about()["options"]
         parser.set_defaults(**options, output=str(output))
         args = parser.parse_args(argv)
     elif args.output is None:

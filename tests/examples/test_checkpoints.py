@@ -42,10 +42,23 @@ def test_a_half_written_one_is_never_chosen(tmp_path: Path):
     checkpoints.save(make_state(2))
     folder = tmp_path / "checkpoints"
     shutil.copytree(folder / "2", folder / "4.orbax-checkpoint-tmp")
+    assert Checkpoints(tmp_path, read_only=True).latest_step == 2
     reopened = Checkpoints(tmp_path)
     assert reopened.latest_step == 2
     reopened.save(make_state(4))
     chex.assert_trees_all_equal(reopened.restore(init), make_state(4))
+
+
+def test_only_the_one_that_saves_removes_a_half_written_one(tmp_path: Path):
+    Checkpoints(tmp_path).save(make_state(2))
+    half = tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp"
+    half.mkdir()
+    reader = Checkpoints(tmp_path, read_only=True)
+    for _ in range(10):  # Time in which a removal would be over.
+        assert reader.load_about()
+    assert half.exists()
+    Checkpoints(tmp_path).save(make_state(6))
+    assert not half.exists()
 
 
 @pytest.mark.parametrize(

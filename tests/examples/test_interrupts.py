@@ -1,4 +1,4 @@
-"""A run that is killed or interrupted goes on as if nothing had happened."""
+"""A run that is killed, interrupted or out of disk loses nothing that was saved."""
 
 import os
 import signal
@@ -36,9 +36,10 @@ def start(tmp_path_factory: pytest.TempPathFactory):
         "XLA_FLAGS": "",
     }
 
-    def start_process(*arguments: str) -> subprocess.Popen[str]:
+    def start_process(*arguments: str, setup: str = "true") -> subprocess.Popen[str]:
+        command = [sys.executable, str(SCRIPT), *arguments]
         return subprocess.Popen(
-            [sys.executable, str(SCRIPT), *arguments],
+            ["sh", "-c", f'{setup} && exec "$@"', "sh", *command],
             cwd=folder,
             env=environment,
             stdout=subprocess.PIPE,
@@ -101,3 +102,16 @@ def test_stopped_and_resumed_equals_straight(start, straight, number: signal.Sig
     straight_rows, straight_state = straight
     assert rows == straight_rows
     jax.tree.map(np.testing.assert_array_equal, state, straight_state)
+
+
+def test_a_full_disk_keeps_what_is_saved(start):
+    finish(start("--text=text.txt", *ARGUMENTS, "--steps=20", "--output=full"))
+    again = ["--resume", "--output=full", "--steps=40"]
+    # Blocks of 512 bytes; compiled programs would not fit either.
+    limit = "ulimit -f 100 && export JAX_ENABLE_COMPILATION_CACHE=false"
+    process = start(*again, setup=limit)
+    _, error = process.communicate()
+    assert (process.returncode, error.count("\n")) == (2, 1)
+    assert "cannot save step 40: File too large; step 20 is safe" in error
+    finish(start(*again))
+    assert sorted(os.listdir(start.folder / "full" / "checkpoints")) == ["20", "40"]
