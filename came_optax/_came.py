@@ -12,9 +12,8 @@ from came_optax._checks import (
     check_scalar,
     check_threshold,
 )
-from came_optax._clipping import clip_by_leaf_rms
-from came_optax._confidence import scale_by_confidence
-from came_optax._factored_moment import scale_by_factored_moment
+from came_optax._confidence import clipped_confidence
+from came_optax._factored_moment import clipped_factored_moment
 from came_optax._factoring import FactoringRule, LastTwoAxes
 from came_optax._precision import in_full_precision
 
@@ -67,19 +66,24 @@ def scale_by_came(
     check_threshold("clipping_threshold", clipping_threshold)
     check_threshold("update_clipping_threshold", update_clipping_threshold)
     inner = optax.chain(
-        scale_by_factored_moment(
-            b2, eps1, factoring=factoring, bias_correction=bias_correction
+        clipped_factored_moment(
+            b2,
+            eps1,
+            clipping_threshold,
+            factoring=factoring,
+            bias_correction=bias_correction,
         ),
-        clip_by_leaf_rms(clipping_threshold, factoring),
-        scale_by_confidence(
+        optax.identity(),  # Its empty state, and the last: where checkpoints have it.
+        clipped_confidence(
             b1,
             b3,
             eps2,
+            update_clipping_threshold,
             factoring=factoring,
             mu_dtype=mu_dtype,
             bias_correction=bias_correction,
         ),
-        clip_by_leaf_rms(update_clipping_threshold, factoring),
+        optax.identity(),
     )
     return in_full_precision(inner)
 

@@ -19,6 +19,7 @@ from came_optax._checks import (
     check_same_leaves,
     check_state,
 )
+from came_optax._clipping import clip_by_leaf_rms
 from came_optax._factoring import (
     FactoredAxes,
     FactoringRule,
@@ -118,6 +119,28 @@ def scale_by_confidence(
     References:
       Luo et al., `CAME <https://arxiv.org/abs/2307.02047>`_, 2023.
     """
+    return clipped_confidence(
+        b1,
+        b3,
+        eps2,
+        None,
+        factoring=factoring,
+        mu_dtype=mu_dtype,
+        bias_correction=bias_correction,
+    )
+
+
+def clipped_confidence(
+    b1: jax.typing.ArrayLike,
+    b3: jax.typing.ArrayLike,
+    eps2: jax.typing.ArrayLike,
+    clipping_threshold: jax.typing.ArrayLike | None,
+    *,
+    factoring: FactoringRule,
+    mu_dtype: str,
+    bias_correction: bool,
+) -> optax.GradientTransformationExtraArgs:
+    """:func:`scale_by_confidence`, then each leaf clipped by its RMS."""
     check_decay("b1", b1)
     check_decay("b3", b3)
     check_epsilon("eps2", eps2)
@@ -151,7 +174,7 @@ def scale_by_confidence(
         check_inexact("updates", updates)
         check_same_leaves("updates", updates, "state", state.mu)
         count = optax.safe_increment(state.count)
-        decay = b1
+        before: tuple[jax.Array, ...] = ()  # Statistics of the last leaf.
 
         def update_leaf(
             path: KeyPath,
@@ -163,29 +186,37 @@ def scale_by_confidence(
             s_row: jax.Array,
             s_col: jax.Array,
         ) -> _Leaf:
-            nonlocal decay
+            nonlocal before
             row_mean, col_mean, _ = stats.reductions(axes)
             stats.check_statistic("s_row", path, s_row, u.shape, row_mean)
             stats.check_statistic("s_col", path, s_col, u.shape, col_mean)
-            x = stats.in_precision_of(s_row, u)
+            x = stats.in_turn(stats.in_precision_of(s_row, u), *before)
             stored = momentum.Stored(mu, mu_row, mu_col)
             momentum.check(path, stored, x, axes, mu_dtype)
             old_m = momentum.load(stored, x, axes, mu_dtype)
-            m = stats.moving_average(old_m, x, decay)
-            for_row, for_col = momentum.again(m, old_m, x, decay, mu_dtype)
-            delta = m
+            residual = momentum.residuals(old_m, x, b1, mu_dtype)
             if axes.factored:
-                residual, again = x - for_row, stats.for_second_mean(x - for_col)
-                s_row = stats.update_mean_square(s_row, residual, axes.col, b3, eps2)
-                s_col = stats.update_mean_square(s_col, again, axes.row, b3, eps2)
+                s_row = stats.update_mean_square(
+                    s_row, residual.for_row, axes.col, b3, eps2, residual.factor
+                )
+                s_col = stats.update_mean_square(
+                    s_col, residual.for_col, axes.row, b3, eps2, residual.factor
+                )
+            m = momentum.average(old_m, x, b1, residual.for_col, (s_row, s_col))
+            delta = again = m
+            if axes.factored:
                 delta = stats.divide_by_factored_root(m, s_row, s_col, axes)
-                decay = stats.in_turn(decay, s_row)
+                same = stats.for_another_pass((m, s_row, s_col))
+                again = stats.divide_by_factored_root(same[0], same[1], same[2], axes)
             if bias_correction:  # delta is of order m s^(-1/2).
                 scale = 1 / stats.one_minus_power(b1, count)
                 if axes.factored:
                     scale *= jnp.sqrt(stats.one_minus_power(b3, count))
-                delta *= scale.astype(delta.dtype)
-            stored = momentum.store(m, for_row, for_col, stored, axes, mu_dtype)
+                scale = scale.astype(delta.dtype)
+                delta, again = delta * scale, again * scale
+            delta = clip_by_leaf_rms(delta, axes, clipping_threshold, again)
+            stored = momentum.store(m, old_m, x, b1, stored, axes, mu_dtype)
+            before = (stored.mu_row, s_row)
             return _Leaf(stored, s_row, s_col, delta.astype(u.dtype))
 
         leaves = jax.tree.map_with_path(

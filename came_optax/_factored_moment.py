@@ -18,6 +18,7 @@ from came_optax._checks import (
     check_same_leaves,
     check_state,
 )
+from came_optax._clipping import clip_by_leaf_rms
 from came_optax._factoring import (
     FactoredAxes,
     FactoringRule,
@@ -87,6 +88,24 @@ def scale_by_factored_moment(
       Shazeer and Stern, `Adafactor <https://arxiv.org/abs/1804.04235>`_, 2018;
       Luo et al., `CAME <https://arxiv.org/abs/2307.02047>`_, 2023.
     """
+    return clipped_factored_moment(
+        b2, eps1, None, factoring=factoring, bias_correction=bias_correction
+    )
+
+
+def clipped_factored_moment(
+    b2: jax.typing.ArrayLike,
+    eps1: jax.typing.ArrayLike,
+    clipping_threshold: jax.typing.ArrayLike | None,
+    *,
+    factoring: FactoringRule,
+    bias_correction: bool,
+) -> optax.GradientTransformationExtraArgs:
+    """:func:`scale_by_factored_moment`, then each leaf clipped by its RMS.
+
+    As one transformation, because XLA:CPU can compute the RMS from the gradient and the
+    statistics without storing u, if it is told so.
+    """
     check_decay("b2", b2)
     check_epsilon("eps1", eps1)
     check_flag("bias_correction", bias_correction)
@@ -130,15 +149,19 @@ def scale_by_factored_moment(
             x = stats.in_precision_of(v, g)
             if axes.factored:
                 v_row = stats.update_mean_square(v_row, x, axes.col, decay, eps1)
-                again = stats.for_second_mean(x)
+                again = stats.for_another_pass(x)
                 v_col = stats.update_mean_square(v_col, again, axes.row, decay, eps1)
                 u = stats.divide_by_factored_root(x, v_row, v_col, axes)
+                same = stats.for_another_pass((x, v_row, v_col))
+                again = stats.divide_by_factored_root(same[0], same[1], same[2], axes)
                 decay = stats.in_turn(decay, v_row)
             else:
                 v = stats.update_mean_square(v, x, (), b2, eps1)
-                u = x * jax.lax.rsqrt(v).astype(x.dtype)
+                u = again = x * jax.lax.rsqrt(v).astype(x.dtype)
             if bias_correction:  # u is of order v^(-1/2).
-                u *= jnp.sqrt(stats.one_minus_power(b2, count)).astype(u.dtype)
+                scale = jnp.sqrt(stats.one_minus_power(b2, count)).astype(u.dtype)
+                u, again = u * scale, again * scale
+            u = clip_by_leaf_rms(u, axes, clipping_threshold, again)
             return _Leaf(v_row, v_col, v, u.astype(g.dtype))
 
         leaves = jax.tree.map_with_path(

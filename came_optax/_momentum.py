@@ -1,5 +1,6 @@
 """How the first moment is stored between steps."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from came_optax import _quantization as quantization
 from came_optax._checks import KeyPath, Shape, path_name
 from came_optax._factoring import FactoredAxes
-from came_optax._statistics import init_statistic, real_dtype
+from came_optax._statistics import in_turn, init_statistic, moving_average, real_dtype
 
 _DTYPES = ("float32", "bfloat16", "int8", "int4")
 _BITS = {"int8": 8, "int4": 4}
@@ -100,45 +101,122 @@ def load(
     return quantization.decode(codes, scale, _BITS[mu_dtype])
 
 
-def again(
-    m: jax.Array, old_m: jax.Array, x: jax.Array, decay: jax.Array, mu_dtype: str
+class Residuals(NamedTuple):
+    """u − m of one leaf, as its statistics are computed from it.
+
+    Attributes:
+      for_row: (u − m) / factor, for the statistics of rows.
+      for_col: (u − m) / factor, for the statistics of columns.
+      factor: shape (), float32.
+    """
+
+    for_row: jax.Array
+    for_col: jax.Array
+    factor: jax.Array
+
+
+def residuals(
+    old_m: jax.Array, u: jax.Array, decay: jax.Array, mu_dtype: str
+) -> Residuals:
+    """Returns u − m, where m is the moving average of ``old_m`` and ``u``.
+
+    On CPUs u − old m is stored in the place of ``old_m``, and ``m`` in the place of
+    that: without another array, whose fresh pages would cost more than the pass.
+    Elsewhere see :func:`_again`.
+    """
+
+    def default(old_m: jax.Array, u: jax.Array, decay: jax.Array) -> Residuals:
+        m = moving_average(old_m, u, decay)
+        for_row, for_col = _again(m, old_m, u, decay, mu_dtype)
+        return Residuals(u - for_row, u - for_col, jnp.ones_like(decay))
+
+    def in_place(old_m: jax.Array, u: jax.Array, decay: jax.Array) -> Residuals:
+        change = u - old_m
+        return Residuals(change, jax.lax.optimization_barrier(change), decay)
+
+    found: Residuals = jax.lax.platform_dependent(
+        old_m, u, decay, cpu=in_place, default=default
+    )
+    return found
+
+
+def average(
+    old_m: jax.Array,
+    u: jax.Array,
+    decay: jax.Array,
+    residual: jax.Array,
+    after: tuple[jax.Array, jax.Array],
+) -> jax.Array:
+    """Returns the moving average of ``old_m`` and ``u``.
+
+    Args:
+      old_m: the momentum until now.
+      u: the update.
+      decay: the decay rate, b1.
+      residual: what :func:`residuals` returned for columns.
+      after: statistics that on CPUs are computed first, so that the residual's memory
+        is free for the result.
+    """
+
+    def in_place(
+        old_m: jax.Array,
+        u: jax.Array,
+        decay: jax.Array,
+        change: jax.Array,
+        after: tuple[jax.Array, jax.Array],
+    ) -> jax.Array:
+        decay = in_turn(decay, *after)
+        m = u - decay.astype(u.dtype) * change
+        return jnp.where(jnp.isfinite(u), m, u)  # Not ∞ - ∞.
+
+    m: jax.Array = jax.lax.platform_dependent(
+        old_m,
+        u,
+        decay,
+        residual,
+        after,
+        cpu=in_place,
+        default=lambda old_m, u, decay, *_: moving_average(old_m, u, decay),
+    )
+    return m
+
+
+def _again(
+    m: jax.Array, old_m: jax.Array, u: jax.Array, decay: jax.Array, mu_dtype: str
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns ``m``, the moving average of ``old_m`` and ``x``, by two other formulas.
+    """Returns ``m``, the moving average of ``old_m`` and ``u``, by two other formulas.
 
     The statistics of rows and of columns take a pass over memory each. XLA would store
     ``m`` for them and for the update; what it takes for other numbers it computes from
     what is in memory anyway. That saves 7 of 50 bytes per parameter on an H100 with
-    int8. Where the first pass stores ``m`` all the same, or on CPUs, it doesn't pay.
+    int8. Where the first pass stores ``m`` all the same, it doesn't pay.
     """
-
-    def reworded(
-        m: jax.Array, old_m: jax.Array, x: jax.Array, decay: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        change, decay = old_m - x, decay.astype(x.dtype)
-        for_row = old_m - (1 - decay) * change
-        return for_row if _is_quantized(m, mu_dtype) else m, x + decay * change
-
-    both: tuple[jax.Array, jax.Array] = jax.lax.platform_dependent(
-        m, old_m, x, decay, cpu=lambda m, *_: (m, m), default=reworded
-    )
-    return both
+    change, decay = old_m - u, decay.astype(u.dtype)
+    for_row = old_m - (1 - decay) * change
+    return for_row if _is_quantized(m, mu_dtype) else m, u + decay * change
 
 
 def store(
     m: jax.Array,
-    for_row: jax.Array,
-    for_col: jax.Array,
+    old_m: jax.Array,
+    u: jax.Array,
+    decay: jax.Array,
     stored: Stored,
     axes: FactoredAxes,
     mu_dtype: str,
 ) -> Stored:
-    """Returns ``stored`` with momentum ``m`` in its place.
-
-    Scales are those of ``for_row`` and ``for_col``, which are ``m`` :func:`again`.
-    """
+    """Returns ``m``, the average of ``old_m`` and ``u``, as ``stored`` was stored."""
     if not _is_quantized(m, mu_dtype):
         return stored._replace(mu=m.astype(_stored_dtype(m, mu_dtype)))
     row_max, col_max = quantization.reductions(axes, m.ndim)
+    for_row, for_col = jax.lax.platform_dependent(
+        m,
+        old_m,
+        u,
+        decay,
+        cpu=lambda m, *_: (m, m),
+        default=functools.partial(_again, mu_dtype=mu_dtype),
+    )
     row, col = quantization.largest(for_row, row_max), stored.mu_col
     if col_max is not None:
         col = quantization.largest(for_col, col_max)

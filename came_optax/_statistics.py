@@ -34,8 +34,10 @@ def abs_sq(x: jax.Array) -> jax.Array:
     return jnp.real(x * jnp.conj(x))
 
 
-def mean_square(x: jax.Array, axes: tuple[int, ...], eps: Any) -> jax.Array:
-    """Returns the mean over ``axes`` of |x|² + eps.
+def mean_square(
+    x: jax.Array, axes: tuple[int, ...], eps: Any, factor: jax.typing.ArrayLike = 1.0
+) -> jax.Array:
+    """Returns the mean over ``axes`` of |factor · x|² + eps.
 
     It saturates where a sum of such means would overflow (for float32, gradients beyond
     1e16 or so), so that finite values never give an infinite statistic. Everything but
@@ -43,33 +45,37 @@ def mean_square(x: jax.Array, axes: tuple[int, ...], eps: Any) -> jax.Array:
     storing the squares.
     """
     square = abs_sq(x)
-    mean = jnp.mean(square, axes) + jnp.asarray(eps, square.dtype)
+    factor, eps = (jnp.asarray(x, square.dtype) for x in (factor, eps))
+    mean = factor**2 * jnp.mean(square, axes) + eps
     return jnp.minimum(mean, jnp.finfo(mean.dtype).max / (2 * max(mean.size, 1)))
 
 
-def for_second_mean(x: jax.Array) -> jax.Array:
-    """Returns ``x`` for another ``mean_square`` that shares no work with the first.
+def for_another_pass(xs: Any) -> Any:
+    """Returns arrays for a mean that shall share no work with other uses of them.
 
-    On CPUs XLA would store the squares for both, which costs more than to compute them
-    twice. Elsewhere a barrier would stop it from taking both means in one pass.
+    On CPUs XLA would store what a mean and something else have in common, which costs
+    more than to compute it twice. Elsewhere a barrier would stop it from taking two
+    means in one pass.
     """
-    again: jax.Array = jax.lax.platform_dependent(
-        x, cpu=jax.lax.optimization_barrier, default=lambda x: x
+    return jax.lax.platform_dependent(
+        xs, cpu=jax.lax.optimization_barrier, default=lambda xs: xs
     )
-    return again
 
 
-def in_turn(x: jax.Array, before: jax.Array) -> jax.Array:
-    """Returns ``x``, but on CPUs not before the statistic ``before`` is known.
+def in_turn(x: jax.Array, *before: jax.Array) -> jax.Array:
+    """Returns ``x``, but on CPUs not before the statistics ``before`` are known.
 
     There XLA would work on all leaves at once, and hold temporaries for each. It waits
     because it cannot know that no statistic is negative.
     """
+
+    def wait(x: jax.Array, *before: jax.Array) -> jax.Array:
+        for statistic in before:
+            x = jnp.where(jnp.any(statistic < 0), jnp.nan, x)
+        return x
+
     waiting: jax.Array = jax.lax.platform_dependent(
-        x,
-        before,
-        cpu=lambda x, before: jnp.where(jnp.any(before < 0), jnp.nan, x),
-        default=lambda x, before: x,
+        x, *before, cpu=wait, default=lambda x, *before: x
     )
     return waiting
 
@@ -131,9 +137,10 @@ def update_mean_square(
     mean_over: tuple[int, ...],
     decay: jax.Array,
     eps: jax.Array,
+    factor: jax.typing.ArrayLike = 1.0,
 ) -> jax.Array:
-    """Returns the moving average of the mean over some axes of |x|² + eps."""
-    return moving_average(statistic, mean_square(x, mean_over, eps), decay)
+    """Returns the moving average of the mean over some axes of |factor · x|² + eps."""
+    return moving_average(statistic, mean_square(x, mean_over, eps, factor), decay)
 
 
 def one_minus_power(decay: jax.Array, count: jax.typing.ArrayLike) -> jax.Array:

@@ -290,9 +290,9 @@ MUTATIONS = [
     ("no clip", "_clipping", "jnp.maximum(1.0, excess)", "jnp.ones(())", MOMENTUM_ON),
     (
         "old momentum in the residual",
-        "_confidence",
-        "momentum.again(m,",
-        "momentum.again(old_m,",
+        "_momentum",
+        "jax.lax.optimization_barrier(change), decay)",
+        "jax.lax.optimization_barrier(change), jnp.ones_like(decay))",
         CONFIDENCE_ON,
     ),
     (
@@ -303,16 +303,16 @@ MUTATIONS = [
         {"params"},
     ),
     ("no ε1", "_factored_moment", "decay, eps1)", "decay, 0 * eps1)", EVERYTHING),
-    ("no ε2", "_confidence", "b3, eps2)", "b3, 0 * eps2)", CONFIDENCE_ON),
+    ("no ε2", "_confidence", "b3, eps2,", "b3, 0 * eps2,", CONFIDENCE_ON),
     # Outside the mean alone it would be the same number.
     (
         "ε outside the moving average",
         "_statistics",
-        "mean_square(x, mean_over, eps), decay)",
-        "mean_square(x, mean_over, 0 * eps), decay) + eps",
+        "mean_square(x, mean_over, eps, factor), decay)",
+        "mean_square(x, mean_over, 0 * eps, factor), decay) + eps",
         STATISTICS,
     ),
-    ("b1 for b3", "_confidence", "b3, eps2)", "b1, eps2)", CONFIDENCE_ON),
+    ("b1 for b3", "_confidence", "b3, eps2,", "b1, eps2,", CONFIDENCE_ON),
     (
         "bias correction",
         "_came",
