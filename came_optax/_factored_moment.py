@@ -148,6 +148,7 @@ def clipped_factored_moment(
             stats.check_statistic("v", path, v, g.shape, full_mean)
             x = stats.in_precision_of(v, g)
             if axes.factored:
+                x = stats.read_once(x, v)
                 v_row = stats.update_mean_square(v_row, x, axes.col, decay, eps1)
                 again = stats.for_another_pass(x)
                 v_col = stats.update_mean_square(v_col, again, axes.row, decay, eps1)

@@ -10,7 +10,13 @@ import jax.numpy as jnp
 from came_optax import _quantization as quantization
 from came_optax._checks import KeyPath, Shape, path_name
 from came_optax._factoring import FactoredAxes
-from came_optax._statistics import in_turn, init_statistic, moving_average, real_dtype
+from came_optax._statistics import (
+    for_another_pass,
+    in_turn,
+    init_statistic,
+    moving_average,
+    real_dtype,
+)
 
 _DTYPES = ("float32", "bfloat16", "int8", "int4")
 _BITS = {"int8": 8, "int4": 4}
@@ -97,8 +103,8 @@ def load(
     if mu_dtype == "int4":
         codes = quantization.unpack(codes, like)
     reduced = quantization.reductions(axes, like.ndim)
-    scale = quantization.scale_of(stored.mu_row, stored.mu_col, *reduced)
-    return quantization.decode(codes, scale, _BITS[mu_dtype])
+    scales = quantization.Scales(stored.mu_row, stored.mu_col, *reduced)
+    return quantization.decode(codes, scales, _BITS[mu_dtype])
 
 
 class Residuals(NamedTuple):
@@ -217,11 +223,12 @@ def store(
         cpu=lambda m, *_: (m, m),
         default=functools.partial(_again, mu_dtype=mu_dtype),
     )
-    row, col = quantization.largest(for_row, row_max), stored.mu_col
+    row, col = quantization.largest(for_another_pass(for_row), row_max), stored.mu_col
     if col_max is not None:
+        for_col, _ = for_another_pass((for_col, row))  # Not the same barrier again.
         col = quantization.largest(for_col, col_max)
-    scale = quantization.scale_of(row, col, row_max, col_max)
-    codes = quantization.encode(m, scale, _BITS[mu_dtype])
+    scales = quantization.Scales(row, col, row_max, col_max)
+    codes = quantization.encode(m, scales, _BITS[mu_dtype])
     if mu_dtype == "int4":
         codes = quantization.pack(codes)
     return Stored(codes, row, col)

@@ -12,6 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from came_optax._checks import KeyPath, Shape, path_name
 from came_optax._factoring import FactoredAxes
 
+_SMALL_ON_CHIP = 40 * 2**20  # Bytes. TPU cores have 64 MiB or more.
+
 
 def real_dtype(dtype: Any) -> Any:
     """Returns the dtype of a leaf's statistics: float32, or float64 for 64 bits.
@@ -51,15 +53,34 @@ def mean_square(
 
 
 def for_another_pass(xs: Any) -> Any:
-    """Returns arrays for a mean that shall share no work with other uses of them.
+    """Returns arrays for a mean or maximum that shares no work with their other uses.
 
-    On CPUs XLA would store what a mean and something else have in common, which costs
-    more than to compute it twice. Elsewhere a barrier would stop it from taking two
-    means in one pass.
+    On CPUs XLA would store what such a reduction and something else have in common,
+    which costs more than to compute it twice. Elsewhere a barrier would stop it from
+    reducing rows and columns in one pass.
     """
     return jax.lax.platform_dependent(
         xs, cpu=jax.lax.optimization_barrier, default=lambda xs: xs
     )
+
+
+def read_once(x: jax.Array, zero: jax.Array) -> jax.Array:
+    """Returns ``x``; on TPUs a copy, for which the chip's own memory has room.
+
+    XLA keeps there what is read again, but starts the first pass over ``x`` before its
+    own copy has arrived. It makes this one because it cannot know that the state's
+    ``zero``, of shape (1,), is not negative.
+    """
+
+    def copied(x: jax.Array, zero: jax.Array) -> Any:
+        return jax.lax.optimization_barrier(jnp.where(zero[0] < 0, jnp.nan, x))
+
+    if x.nbytes > _SMALL_ON_CHIP:
+        return x
+    read: jax.Array = jax.lax.platform_dependent(
+        x, zero, tpu=copied, default=lambda x, zero: x
+    )
+    return read
 
 
 def in_turn(x: jax.Array, *before: jax.Array) -> jax.Array:

@@ -46,10 +46,10 @@ def test_the_count_is_exact_where_it_is_known(v5e, name):
 
 
 # The gradient is read three times, or four where the momentum is rounded, the parameter
-# read and written, and the momentum read, written and, in float32, read again.
+# read and written, and the momentum read, written and, in 16 bits or more, read again.
 @pytest.mark.parametrize(
     ("mu_dtype", "bytes_per_parameter"),
-    [("float32", 32.02), ("bfloat16", 28.02), ("int8", 26.03), ("int4", 26.03)],
+    [("float32", 32.02), ("bfloat16", 30.02), ("int8", 26.03), ("int4", 26.03)],
 )
 def test_traffic_of_a_matrix_that_does_not_fit(v5e, mu_dtype, bytes_per_parameter):
     found = measured(f"CAME, {mu_dtype}", embedding(), v5e)
@@ -66,14 +66,14 @@ def test_an_odd_vocabulary_costs_4_bits_no_more(v5e):
 def test_4_bits_of_a_stack_of_layers(v5e):
     stack = jax.ShapeDtypeStruct((24, 1024, 4096), jnp.float32)
     found = measured("CAME, int4", stack, v5e)
-    assert found["bytes/parameter"] <= 28.03
+    assert found["bytes/parameter"] <= 28.04
     assert found["temporaries (MB)"] <= 102
 
 
-# Everything once would be 20, 16, 14 and 13.
+# Everything once is 20, 16, 14 and 13.
 @pytest.mark.parametrize(
     ("mu_dtype", "bytes_per_parameter"),
-    [("float32", 22.04), ("bfloat16", 18.04), ("int8", 16.06), ("int4", 15.07)],
+    [("float32", 20.05), ("bfloat16", 16.05), ("int8", 14.07), ("int4", 13.07)],
 )
 def test_traffic_of_matrices_that_fit(v5e, mu_dtype, bytes_per_parameter):
     found = measured(f"CAME, {mu_dtype}", layers(2), v5e)
