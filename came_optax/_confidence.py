@@ -27,6 +27,7 @@ from came_optax._factoring import (
     check_factoring,
     factored_axes,
 )
+from came_optax._residual import average, residuals
 
 
 class ScaleByConfidenceState(NamedTuple):
@@ -194,7 +195,8 @@ def clipped_confidence(
             stored = momentum.Stored(mu, mu_row, mu_col)
             momentum.check(path, stored, x, axes, mu_dtype)
             old_m = momentum.load(stored, x, axes, mu_dtype)
-            residual = momentum.residuals(old_m, x, b1, mu_dtype)
+            is_quantized = momentum.is_quantized(x, mu_dtype)
+            residual = residuals(old_m, x, b1, is_quantized)
             if axes.factored:
                 s_row = stats.update_mean_square(
                     s_row, residual.for_row, axes.col, b3, eps2, residual.factor
@@ -202,12 +204,10 @@ def clipped_confidence(
                 s_col = stats.update_mean_square(
                     s_col, residual.for_col, axes.row, b3, eps2, residual.factor
                 )
-            m = momentum.average(old_m, x, b1, residual.for_col, (s_row, s_col))
+            m = average(old_m, x, b1, residual.for_col, (s_row, s_col))
             delta = again = m
             if axes.factored:
-                delta = stats.divide_by_factored_root(m, s_row, s_col, axes)
-                same = stats.for_another_pass((m, s_row, s_col))
-                again = stats.divide_by_factored_root(same[0], same[1], same[2], axes)
+                delta, again = stats.divide_by_factored_root(m, s_row, s_col, axes)
             if bias_correction:  # delta is of order m s^(-1/2).
                 scale = 1 / stats.one_minus_power(b1, count)
                 if axes.factored:

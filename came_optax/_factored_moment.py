@@ -152,9 +152,7 @@ def clipped_factored_moment(
                 v_row = stats.update_mean_square(v_row, x, axes.col, decay, eps1)
                 again = stats.for_another_pass(x)
                 v_col = stats.update_mean_square(v_col, again, axes.row, decay, eps1)
-                u = stats.divide_by_factored_root(x, v_row, v_col, axes)
-                same = stats.for_another_pass((x, v_row, v_col))
-                again = stats.divide_by_factored_root(same[0], same[1], same[2], axes)
+                u, again = stats.divide_by_factored_root(x, v_row, v_col, axes)
                 decay = stats.in_turn(decay, v_row)
             else:
                 v = stats.update_mean_square(v, x, (), b2, eps1)

@@ -10,13 +10,8 @@ import jax.numpy as jnp
 from came_optax import _quantization as quantization
 from came_optax._checks import KeyPath, Shape, path_name
 from came_optax._factoring import FactoredAxes
-from came_optax._statistics import (
-    for_another_pass,
-    in_turn,
-    init_statistic,
-    moving_average,
-    real_dtype,
-)
+from came_optax._residual import by_other_formulas
+from came_optax._statistics import for_another_pass, init_statistic, real_dtype
 
 _DTYPES = ("float32", "bfloat16", "int8", "int4")
 _BITS = {"int8": 8, "int4": 4}
@@ -46,6 +41,13 @@ def check_dtype(mu_dtype: Any) -> None:
         raise ValueError(f"mu_dtype must be one of {allowed}, got {mu_dtype!r}")
 
 
+def is_quantized(x: Any, mu_dtype: str) -> bool:
+    """Returns whether a leaf's momentum is stored as codes."""
+    is_complex = jnp.issubdtype(x.dtype, jnp.complexfloating)
+    large = math.prod(x.shape) >= _MIN_QUANTIZED_SIZE
+    return mu_dtype in _BITS and large and not is_complex
+
+
 def init(p: Any, axes: FactoredAxes, mu_dtype: str) -> Stored:
     """Returns stored zeros; on an explicit mesh, sharded like the parameter.
 
@@ -53,7 +55,7 @@ def init(p: Any, axes: FactoredAxes, mu_dtype: str) -> Stored:
     """
     mu = jnp.zeros_like(p, dtype=_stored_dtype(p, mu_dtype))
     reduced: tuple[tuple[int, ...] | None, ...] = (None, None)
-    if _is_quantized(p, mu_dtype):
+    if is_quantized(p, mu_dtype):
         reduced = quantization.reductions(axes, p.ndim)
         if mu_dtype == "int4":
             packed = jax.eval_shape(quantization.pack, mu)
@@ -71,7 +73,7 @@ def check(
         ((1,), dtype),
         ((1,), dtype),
     ]
-    if _is_quantized(like, mu_dtype):
+    if is_quantized(like, mu_dtype):
         if mu_dtype == "int4":
             expected[0] = (quantization.packed_shape(like.shape), jnp.uint8)
         for i, reduced in enumerate(quantization.reductions(axes, like.ndim), 1):
@@ -97,7 +99,7 @@ def load(
     stored: Stored, like: jax.Array, axes: FactoredAxes, mu_dtype: str
 ) -> jax.Array:
     """Returns stored momentum in the dtype of the step's arithmetic."""
-    if not _is_quantized(like, mu_dtype):
+    if not is_quantized(like, mu_dtype):
         return stored.mu.astype(like.dtype)
     codes = stored.mu
     if mu_dtype == "int4":
@@ -105,101 +107,6 @@ def load(
     reduced = quantization.reductions(axes, like.ndim)
     scales = quantization.Scales(stored.mu_row, stored.mu_col, *reduced)
     return quantization.decode(codes, scales, _BITS[mu_dtype])
-
-
-class Residuals(NamedTuple):
-    """u − m of one leaf, as its statistics are computed from it.
-
-    Attributes:
-      for_row: (u − m) / factor, for the statistics of rows.
-      for_col: (u − m) / factor, for the statistics of columns.
-      factor: shape (), float32.
-    """
-
-    for_row: jax.Array
-    for_col: jax.Array
-    factor: jax.Array
-
-
-def residuals(
-    old_m: jax.Array, u: jax.Array, decay: jax.Array, mu_dtype: str
-) -> Residuals:
-    """Returns u − m, where m is the moving average of ``old_m`` and ``u``.
-
-    On CPUs u − old m is stored in the place of ``old_m``, and ``m`` in the place of
-    that: without another array, whose fresh pages would cost more than the pass.
-    Elsewhere see :func:`_again`.
-    """
-
-    def default(old_m: jax.Array, u: jax.Array, decay: jax.Array) -> Residuals:
-        m = moving_average(old_m, u, decay)
-        for_row, for_col = _again(m, old_m, u, decay, mu_dtype)
-        return Residuals(u - for_row, u - for_col, jnp.ones_like(decay))
-
-    def in_place(old_m: jax.Array, u: jax.Array, decay: jax.Array) -> Residuals:
-        change = u - old_m
-        return Residuals(change, jax.lax.optimization_barrier(change), decay)
-
-    found: Residuals = jax.lax.platform_dependent(
-        old_m, u, decay, cpu=in_place, default=default
-    )
-    return found
-
-
-def average(
-    old_m: jax.Array,
-    u: jax.Array,
-    decay: jax.Array,
-    residual: jax.Array,
-    after: tuple[jax.Array, jax.Array],
-) -> jax.Array:
-    """Returns the moving average of ``old_m`` and ``u``.
-
-    Args:
-      old_m: the momentum until now.
-      u: the update.
-      decay: the decay rate, b1.
-      residual: what :func:`residuals` returned for columns.
-      after: statistics that on CPUs are computed first, so that the residual's memory
-        is free for the result.
-    """
-
-    def in_place(
-        old_m: jax.Array,
-        u: jax.Array,
-        decay: jax.Array,
-        change: jax.Array,
-        after: tuple[jax.Array, jax.Array],
-    ) -> jax.Array:
-        decay = in_turn(decay, *after)
-        m = u - decay.astype(u.dtype) * change
-        return jnp.where(jnp.isfinite(u), m, u)  # Not ∞ - ∞.
-
-    m: jax.Array = jax.lax.platform_dependent(
-        old_m,
-        u,
-        decay,
-        residual,
-        after,
-        cpu=in_place,
-        default=lambda old_m, u, decay, *_: moving_average(old_m, u, decay),
-    )
-    return m
-
-
-def _again(
-    m: jax.Array, old_m: jax.Array, u: jax.Array, decay: jax.Array, mu_dtype: str
-) -> tuple[jax.Array, jax.Array]:
-    """Returns ``m``, the moving average of ``old_m`` and ``u``, by two other formulas.
-
-    The statistics of rows and of columns take a pass over memory each. XLA would store
-    ``m`` for them and for the update; what it takes for other numbers it computes from
-    what is in memory anyway. That saves 7 of 50 bytes per parameter on an H100 with
-    int8. Where the first pass stores ``m`` all the same, it doesn't pay.
-    """
-    change, decay = old_m - u, decay.astype(u.dtype)
-    for_row = old_m - (1 - decay) * change
-    return for_row if _is_quantized(m, mu_dtype) else m, u + decay * change
 
 
 def store(
@@ -212,7 +119,7 @@ def store(
     mu_dtype: str,
 ) -> Stored:
     """Returns ``m``, the average of ``old_m`` and ``u``, as ``stored`` was stored."""
-    if not _is_quantized(m, mu_dtype):
+    if not is_quantized(m, mu_dtype):
         return stored._replace(mu=m.astype(_stored_dtype(m, mu_dtype)))
     row_max, col_max = quantization.reductions(axes, m.ndim)
     for_row, for_col = jax.lax.platform_dependent(
@@ -221,7 +128,7 @@ def store(
         u,
         decay,
         cpu=lambda m, *_: (m, m),
-        default=functools.partial(_again, mu_dtype=mu_dtype),
+        default=functools.partial(by_other_formulas, is_quantized=True),
     )
     row, col = quantization.largest(for_another_pass(for_row), row_max), stored.mu_col
     if col_max is not None:
@@ -234,16 +141,10 @@ def store(
     return Stored(codes, row, col)
 
 
-def _is_quantized(x: Any, mu_dtype: str) -> bool:
-    is_complex = jnp.issubdtype(x.dtype, jnp.complexfloating)
-    large = math.prod(x.shape) >= _MIN_QUANTIZED_SIZE
-    return mu_dtype in _BITS and large and not is_complex
-
-
 def _stored_dtype(x: Any, mu_dtype: str) -> Any:
     """Returns the dtype of a leaf's stored momentum, before 4 bits are packed."""
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         return jax.dtypes.canonicalize_dtype(x.dtype)
-    if _is_quantized(x, mu_dtype):
+    if is_quantized(x, mu_dtype):
         return jnp.int8
     return jnp.bfloat16 if mu_dtype == "bfloat16" else real_dtype(x.dtype)

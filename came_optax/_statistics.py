@@ -171,13 +171,18 @@ def one_minus_power(decay: jax.Array, count: jax.typing.ArrayLike) -> jax.Array:
 
 def divide_by_factored_root(
     x: jax.Array, row: jax.Array, col: jax.Array, axes: FactoredAxes
-) -> jax.Array:
-    """Returns x / sqrt(row colᵀ / mean(row)).
+) -> tuple[jax.Array, jax.Array]:
+    """Returns x / sqrt(row colᵀ / mean(row)), and once more :func:`for_another_pass`.
 
     One factor after the other: each is finite, where their product need not be (a row
     and a column that were zero until now).
     """
-    row = jnp.expand_dims(row, axes.col)
-    col = jnp.expand_dims(col, axes.row)
-    row_factor = jnp.sqrt(jnp.mean(row, axes.row, keepdims=True)) * jax.lax.rsqrt(row)
-    return x * row_factor.astype(x.dtype) * jax.lax.rsqrt(col).astype(x.dtype)
+
+    def divide(x: jax.Array, row: jax.Array, col: jax.Array) -> jax.Array:
+        row = jnp.expand_dims(row, axes.col)
+        col = jnp.expand_dims(col, axes.row)
+        row_mean = jnp.mean(row, axes.row, keepdims=True)
+        row_factor = jnp.sqrt(row_mean) * jax.lax.rsqrt(row)
+        return x * row_factor.astype(x.dtype) * jax.lax.rsqrt(col).astype(x.dtype)
+
+    return divide(x, row, col), divide(*for_another_pass((x, row, col)))

@@ -283,14 +283,14 @@ MUTATIONS = [
     (
         "no division by the mean of the row statistic",
         "_statistics",
-        "jnp.sqrt(jnp.mean(row, axes.row, keepdims=True))",
+        "jnp.sqrt(row_mean)",
         "jnp.ones(())",
         MOMENTUM_ON,
     ),
     ("no clip", "_clipping", "jnp.maximum(1.0, excess)", "jnp.ones(())", MOMENTUM_ON),
     (
         "old momentum in the residual",
-        "_momentum",
+        "_residual",
         "jax.lax.optimization_barrier(change), decay)",
         "jax.lax.optimization_barrier(change), jnp.ones_like(decay))",
         CONFIDENCE_ON,
@@ -298,7 +298,7 @@ MUTATIONS = [
     (
         "no confidence",
         "_confidence",
-        "delta = stats.divide_by_factored_root(m, s_row, s_col, axes)",
+        "delta, again = stats.divide_by_factored_root(m, s_row, s_col, axes)",
         "pass",
         {"params"},
     ),
