@@ -191,23 +191,23 @@ def clipped_confidence(
             row_mean, col_mean, _ = stats.reductions(axes)
             stats.check_statistic("s_row", path, s_row, u.shape, row_mean)
             stats.check_statistic("s_col", path, s_col, u.shape, col_mean)
-            x = stats.in_turn(stats.in_precision_of(s_row, u), *before)
+            x = stats.in_precision_of(s_row, u)
             stored = momentum.Stored(mu, mu_row, mu_col)
             momentum.check(path, stored, x, axes, mu_dtype)
             old_m = momentum.load(stored, x, axes, mu_dtype)
-            is_quantized = momentum.is_quantized(x, mu_dtype)
-            residual = residuals(old_m, x, b1, is_quantized)
             if axes.factored:
+                x = stats.in_turn(x, *before)
+                residual = residuals(old_m, x, b1, momentum.is_quantized(x, mu_dtype))
                 s_row = stats.update_mean_square(
                     s_row, residual.for_row, axes.col, b3, eps2, residual.factor
                 )
                 s_col = stats.update_mean_square(
                     s_col, residual.for_col, axes.row, b3, eps2, residual.factor
                 )
-            m = average(old_m, x, b1, residual.for_col, (s_row, s_col))
-            delta = again = m
-            if axes.factored:
+                m = average(old_m, x, b1, residual.for_col, (s_row, s_col))
                 delta, again = stats.divide_by_factored_root(m, s_row, s_col, axes)
+            else:
+                m = delta = again = stats.moving_average(old_m, x, b1)
             if bias_correction:  # delta is of order m s^(-1/2).
                 scale = 1 / stats.one_minus_power(b1, count)
                 if axes.factored:
@@ -216,7 +216,8 @@ def clipped_confidence(
                 delta, again = delta * scale, again * scale
             delta = clip_by_leaf_rms(delta, axes, clipping_threshold, again)
             stored = momentum.store(m, old_m, x, b1, stored, axes, mu_dtype)
-            before = (stored.mu_row, s_row)
+            if axes.factored:
+                before = (stored.mu_row, s_row)
             return _Leaf(stored, s_row, s_col, delta.astype(u.dtype))
 
         leaves = jax.tree.map_with_path(
