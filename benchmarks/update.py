@@ -3,7 +3,8 @@
 Times jitted updates that donate parameters and state, `apply_updates` included, of the
 optimizers in turn: one update each a round. Times are medians over the rounds, and the
 ratios medians of those to AdamW in the same round, so that what else the machine does
-cancels out. PyTorch's AdamW and the authors' CAME join in where torch is installed:
+cancels out. Bytes are what the compiled kernels read and write, each array that one of
+them uses once. PyTorch's AdamW and the authors' CAME join in where torch is installed:
 
     pip install "came-optax[parity]"
     python benchmarks/update.py --model gpt2 --rounds 20
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tqdm
-from measuring import output, updates
+from measuring import hlo, output, updates
 
 from came_optax import state_memory
 
@@ -47,7 +48,9 @@ class JaxUpdate:
         began = time.process_time()
         self.update = lowered.compile()
         temporaries = self.update.memory_analysis().temp_size_in_bytes
+        moved = hlo.traffic(self.update.as_text()).hbm_bytes / updates.number(grads)
         self.takes = {
+            "bytes/parameter": f"{moved:.1f}",
             "compiled in (CPU s)": f"{time.process_time() - began:.1f}",
             "temporaries (MB)": f"{temporaries / 1e6:.1f}",
             "state (MB)": f"{state_memory(tx, grads).total / 1e6:.1f}",
@@ -85,6 +88,7 @@ class TorchUpdate:
         ]
         state_bytes = sum(t.nbytes for t in tensors)
         self.takes = {
+            "bytes/parameter": "",
             "compiled in (CPU s)": "",
             "temporaries (MB)": "",
             "state (MB)": f"{state_bytes / 1e6:.1f}",
