@@ -233,9 +233,10 @@ def test_only_what_is_stored_is_rounded(mu_dtype: str) -> None:
     assert jnp.abs(difference).max() > 1e-4 * jnp.abs(second["kernel"]).max()
 
 
+@pytest.mark.parametrize("accelerator", ["tpu", "cuda"])
 @pytest.mark.parametrize("mu_dtype", ["float32", "bfloat16", "int8", "int4"])
 def test_what_accelerators_run_is_the_same(
-    mu_dtype: str, monkeypatch: pytest.MonkeyPatch
+    mu_dtype: str, accelerator: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grads = [{"kernel": normal((64, 66), seed=i)} for i in range(3)]
 
@@ -247,11 +248,11 @@ def test_what_accelerators_run_is_the_same(
             made.append(update["kernel"])
         return jnp.stack(made)
 
-    def not_on_cpu(*args: Any, default: Any, **_: Any) -> Any:
-        return default(*args)
+    def on_accelerator(*args: Any, default: Any, **platforms: Any) -> Any:
+        return platforms.get(accelerator, default)(*args)
 
     expected = updates()
-    monkeypatch.setattr(jax.lax, "platform_dependent", not_on_cpu)
+    monkeypatch.setattr(jax.lax, "platform_dependent", on_accelerator)
     difference = jnp.abs(updates() - expected) / jnp.std(expected)
     # A rounding error may give another code, with what that does to its neighbours.
     assert difference.max() < (0.03 if mu_dtype in LARGEST_ERROR else 0.005)
