@@ -299,7 +299,7 @@ MUTATIONS = [
         "no confidence",
         "_confidence",
         "delta, again = stats.divide_by_factored_root(m, s_row, s_col, axes)",
-        "pass",
+        "delta = again = m",
         {"params"},
     ),
     ("no ε1", "_factored_moment", "decay, eps1)", "decay, 0 * eps1)", EVERYTHING),
