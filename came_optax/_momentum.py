@@ -127,8 +127,8 @@ def store(
         old_m,
         u,
         decay,
-        cuda=functools.partial(by_other_formulas, is_quantized=True),
-        default=lambda m, *_: (m, m),
+        cpu=lambda m, *_: (m, m),
+        default=functools.partial(by_other_formulas, is_quantized=True),
     )
     row, col = quantization.largest(for_another_pass(for_row), row_max), stored.mu_col
     if col_max is not None:
