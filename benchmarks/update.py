@@ -138,7 +138,7 @@ def main() -> None:
         {
             args.model: name,
             "update (ms)": f"{1e3 * statistics.median(seconds[name]):.1f}",
-            "to AdamW": f"{statistics.median(_ratios(seconds, name)):.2f}",
+            "to AdamW": f"{statistics.median(ratios(seconds, name)):.2f}",
         }
         | contestant.takes
         for name, contestant in contestants.items()
@@ -155,7 +155,8 @@ def main() -> None:
     )
 
 
-def _ratios(seconds: Mapping[str, list[float]], name: str) -> list[float]:
+def ratios(seconds: Mapping[str, list[float]], name: str) -> list[float]:
+    """Returns what a contestant took of the baseline's time, round by round."""
     pairs = zip(seconds[name], seconds[BASELINE], strict=True)
     return [mine / baseline for mine, baseline in pairs]
 

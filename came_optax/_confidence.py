@@ -1,6 +1,7 @@
 """The second half of CAME: momentum, and confidence in it."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from came_optax._checks import (
     check_same_leaves,
     check_state,
 )
-from came_optax._clipping import clip_by_leaf_rms
+from came_optax._clipping import clipped_by_leaf_rms
 from came_optax._factoring import (
     FactoredAxes,
     FactoringRule,
@@ -175,7 +176,7 @@ def clipped_confidence(
         check_inexact("updates", updates)
         check_same_leaves("updates", updates, "state", state.mu)
         count = optax.safe_increment(state.count)
-        before: tuple[jax.Array, ...] = ()  # Statistics of the last leaf.
+        turn = jnp.zeros((), jnp.float32)
 
         def update_leaf(
             path: KeyPath,
@@ -187,37 +188,27 @@ def clipped_confidence(
             s_row: jax.Array,
             s_col: jax.Array,
         ) -> _Leaf:
-            nonlocal before
+            nonlocal turn
             row_mean, col_mean, _ = stats.reductions(axes)
             stats.check_statistic("s_row", path, s_row, u.shape, row_mean)
             stats.check_statistic("s_col", path, s_col, u.shape, col_mean)
             x = stats.in_precision_of(s_row, u)
             stored = momentum.Stored(mu, mu_row, mu_col)
             momentum.check(path, stored, x, axes, mu_dtype)
-            old_m = momentum.load(stored, x, axes, mu_dtype)
-            if axes.factored:
-                x = stats.in_turn(x, *before)
-                residual = residuals(old_m, x, b1, momentum.is_quantized(x, mu_dtype))
-                s_row = stats.update_mean_square(
-                    s_row, residual.for_row, axes.col, b3, eps2, residual.factor
-                )
-                s_col = stats.update_mean_square(
-                    s_col, residual.for_col, axes.row, b3, eps2, residual.factor
-                )
-                m = average(old_m, x, b1, residual.for_col, (s_row, s_col))
-                delta, again = stats.divide_by_factored_root(m, s_row, s_col, axes)
-            else:
-                m = delta = again = stats.moving_average(old_m, x, b1)
-            if bias_correction:  # delta is of order m s^(-1/2).
-                scale = 1 / stats.one_minus_power(b1, count)
-                if axes.factored:
-                    scale *= jnp.sqrt(stats.one_minus_power(b3, count))
-                scale = scale.astype(delta.dtype)
-                delta, again = delta * scale, again * scale
-            delta = clip_by_leaf_rms(delta, axes, clipping_threshold, again)
-            stored = momentum.store(m, old_m, x, b1, stored, axes, mu_dtype)
-            if axes.factored:
-                before = (stored.mu_row, s_row)
+            stored, s_row, s_col, delta, turn = _update_leaf(
+                x,
+                stored,
+                s_row,
+                s_col,
+                count if bias_correction else None,
+                turn,
+                b1=b1,
+                b3=b3,
+                eps2=eps2,
+                clipping_threshold=clipping_threshold,
+                axes=axes,
+                mu_dtype=mu_dtype,
+            )
             return _Leaf(stored, s_row, s_col, delta.astype(u.dtype))
 
         leaves = jax.tree.map_with_path(
@@ -233,6 +224,70 @@ def clipped_confidence(
         return jax.tree.map(lambda leaf: leaf.delta, leaves), _to_state(count, leaves)
 
     return unboxed(optax.GradientTransformationExtraArgs(init_fn, update_fn))
+
+
+@functools.partial(jax.jit, static_argnames=("axes", "mu_dtype"), inline=True)
+def _update_leaf(
+    u: jax.Array,
+    stored: momentum.Stored,
+    s_row: jax.Array,
+    s_col: jax.Array,
+    count: jax.Array | None,
+    turn: jax.Array,
+    *,
+    b1: jax.Array,
+    b3: jax.Array,
+    eps2: jax.Array,
+    clipping_threshold: jax.typing.ArrayLike | None,
+    axes: FactoredAxes,
+    mu_dtype: str,
+) -> tuple[momentum.Stored, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Returns one leaf's state, update and turn; traced once for each shape.
+
+    Args:
+      u: the update, in the statistics' precision.
+      stored: the momentum.
+      s_row: the row statistic; shape (1,) if the leaf isn't factored.
+      s_col: the column statistic; shape (1,) if the leaf isn't factored.
+      count: number of updates with this one, or None for no bias correction.
+      turn: what this function returned for the leaf before.
+      b1: decay rate of the momentum.
+      b3: decay rate of the instability.
+      eps2: added to the instability.
+      clipping_threshold: largest root mean square of the result, or None.
+      axes: the leaf's axes.
+      mu_dtype: how momentum is stored.
+    """
+    old_m = momentum.load(stored, u, axes, mu_dtype)
+    if axes.factored:
+        u = stats.in_turn(u, turn)
+        residual = residuals(old_m, u, b1, momentum.is_quantized(u, mu_dtype))
+        s_row = stats.update_mean_square(
+            s_row, residual.for_row, axes.col, b3, eps2, residual.factor
+        )
+        s_col = stats.update_mean_square(
+            s_col, residual.for_col, axes.row, b3, eps2, residual.factor
+        )
+        turn = stats.turn_after(s_row, s_col)
+        m = average(old_m, u, b1, residual.for_col, turn)
+    else:
+        m = stats.moving_average(old_m, u, b1)
+
+    def confident(m: jax.Array, *s: jax.Array) -> jax.Array:
+        delta = stats.divide_by_root(m, s, axes) if axes.factored else m
+        if count is not None:  # delta is of order m s^(-1/2).
+            scale = 1 / stats.one_minus_power(b1, count)
+            if axes.factored:
+                scale *= jnp.sqrt(stats.one_minus_power(b3, count))
+            delta = delta * scale.astype(delta.dtype)
+        return delta
+
+    instability = (s_row, s_col) if axes.factored else ()
+    delta = clipped_by_leaf_rms(confident, (m, *instability), axes, clipping_threshold)
+    stored = momentum.store(m, old_m, u, b1, stored, axes, mu_dtype)
+    if axes.factored:
+        turn = stats.turn_after(turn, stored.mu_row)
+    return stored, s_row, s_col, delta, turn
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The first half of CAME: Adafactor's factored second moment."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ from came_optax._checks import (
     check_same_leaves,
     check_state,
 )
-from came_optax._clipping import clip_by_leaf_rms
+from came_optax._clipping import clipped_by_leaf_rms
 from came_optax._factoring import (
     FactoredAxes,
     FactoringRule,
@@ -131,7 +132,7 @@ def clipped_factored_moment(
         check_inexact("updates", updates)
         check_same_leaves("updates", updates, "state", state.v)
         count = optax.safe_increment(state.count)
-        decay = b2
+        turn = jnp.zeros((), jnp.float32)
 
         def update_leaf(
             path: KeyPath,
@@ -141,26 +142,23 @@ def clipped_factored_moment(
             v_col: jax.Array,
             v: jax.Array,
         ) -> _Leaf:
-            nonlocal decay
+            nonlocal turn
             row_mean, col_mean, full_mean = stats.reductions(axes)
             stats.check_statistic("v_row", path, v_row, g.shape, row_mean)
             stats.check_statistic("v_col", path, v_col, g.shape, col_mean)
             stats.check_statistic("v", path, v, g.shape, full_mean)
-            x = stats.in_precision_of(v, g)
-            if axes.factored:
-                x = stats.read_once(x, v)
-                v_row = stats.update_mean_square(v_row, x, axes.col, decay, eps1)
-                again = stats.for_another_pass(x)
-                v_col = stats.update_mean_square(v_col, again, axes.row, decay, eps1)
-                u, again = stats.divide_by_factored_root(x, v_row, v_col, axes)
-                decay = stats.in_turn(decay, v_row)
-            else:
-                v = stats.update_mean_square(v, x, (), b2, eps1)
-                u = again = x * jax.lax.rsqrt(v).astype(x.dtype)
-            if bias_correction:  # u is of order v^(-1/2).
-                scale = jnp.sqrt(stats.one_minus_power(b2, count)).astype(u.dtype)
-                u, again = u * scale, again * scale
-            u = clip_by_leaf_rms(u, axes, clipping_threshold, again)
+            v_row, v_col, v, u, turn = _update_leaf(
+                stats.in_precision_of(v, g),
+                v_row,
+                v_col,
+                v,
+                count if bias_correction else None,
+                turn,
+                b2=b2,
+                eps1=eps1,
+                clipping_threshold=clipping_threshold,
+                axes=axes,
+            )
             return _Leaf(v_row, v_col, v, u.astype(g.dtype))
 
         leaves = jax.tree.map_with_path(
@@ -174,6 +172,55 @@ def clipped_factored_moment(
         return jax.tree.map(lambda leaf: leaf.u, leaves), _to_state(count, leaves)
 
     return unboxed(optax.GradientTransformationExtraArgs(init_fn, update_fn))
+
+
+@functools.partial(jax.jit, static_argnames="axes", inline=True)
+def _update_leaf(
+    g: jax.Array,
+    v_row: jax.Array,
+    v_col: jax.Array,
+    v: jax.Array,
+    count: jax.Array | None,
+    turn: jax.Array,
+    *,
+    b2: jax.Array,
+    eps1: jax.Array,
+    clipping_threshold: jax.typing.ArrayLike | None,
+    axes: FactoredAxes,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Returns one leaf's statistics, update and turn; traced once for each shape.
+
+    Args:
+      g: the gradient, in the statistics' precision.
+      v_row: its row statistic; shape (1,) if the leaf isn't factored.
+      v_col: its column statistic; shape (1,) if the leaf isn't factored.
+      v: its second moment; shape (1,) if the leaf is factored.
+      count: number of updates with this one, or None for no bias correction.
+      turn: what this function returned for the leaf before.
+      b2: decay rate.
+      eps1: added to the squared gradient.
+      clipping_threshold: largest root mean square of the update, or None.
+      axes: the leaf's axes.
+    """
+    if axes.factored:
+        g = stats.read_once(g, v)
+        decay = stats.in_turn(b2, turn)
+        v_row = stats.update_mean_square(v_row, g, axes.col, decay, eps1)
+        again = stats.for_another_pass(g)
+        v_col = stats.update_mean_square(v_col, again, axes.row, decay, eps1)
+        turn = stats.turn_after(v_row)
+    else:
+        v = stats.update_mean_square(v, g, (), b2, eps1)
+
+    def normalized(g: jax.Array, *v: jax.Array) -> jax.Array:
+        u = stats.divide_by_root(g, v, axes)
+        if count is not None:  # u is of order v^(-1/2).
+            u = u * jnp.sqrt(stats.one_minus_power(b2, count)).astype(u.dtype)
+        return u
+
+    moments = (v_row, v_col) if axes.factored else (v,)
+    u = clipped_by_leaf_rms(normalized, (g, *moments), axes, clipping_threshold)
+    return v_row, v_col, v, u, turn
 
 
 @dataclasses.dataclass(frozen=True)

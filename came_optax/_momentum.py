@@ -122,13 +122,15 @@ def store(
     if not is_quantized(m, mu_dtype):
         return stored._replace(mu=m.astype(_stored_dtype(m, mu_dtype)))
     row_max, col_max = quantization.reductions(axes, m.ndim)
+    recomputed = functools.partial(by_other_formulas, is_quantized=True)
     for_row, for_col = jax.lax.platform_dependent(
         m,
         old_m,
         u,
         decay,
-        cpu=lambda m, *_: (m, m),
-        default=functools.partial(by_other_formulas, is_quantized=True),
+        cuda=recomputed,
+        tpu=recomputed,
+        default=lambda m, *_: (m, m),
     )
     row, col = quantization.largest(for_another_pass(for_row), row_max), stored.mu_col
     if col_max is not None:

@@ -60,7 +60,7 @@ def average(
     u: jax.Array,
     decay: jax.Array,
     residual: jax.Array,
-    after: tuple[jax.Array, jax.Array],
+    turn: jax.Array,
 ) -> jax.Array:
     """Returns the moving average of ``old_m`` and ``u``.
 
@@ -69,8 +69,8 @@ def average(
       u: the update.
       decay: the decay rate, b1.
       residual: what :func:`residuals` returned for columns.
-      after: statistics that on CPUs are computed first, so that the residual's memory
-        is free for the result.
+      turn: known when the statistics are, which on CPUs are computed first, so that the
+        residual's memory is free for the result.
     """
 
     def in_place(
@@ -78,10 +78,9 @@ def average(
         u: jax.Array,
         decay: jax.Array,
         change: jax.Array,
-        after: tuple[jax.Array, jax.Array],
+        turn: jax.Array,
     ) -> jax.Array:
-        decay = in_turn(decay, *after)
-        m = u - decay.astype(u.dtype) * change
+        m = u - in_turn(decay, turn).astype(u.dtype) * change
         return jnp.where(jnp.isfinite(u), m, u)  # Not ∞ - ∞.
 
     m: jax.Array = jax.lax.platform_dependent(
@@ -89,7 +88,7 @@ def average(
         u,
         decay,
         residual,
-        after,
+        turn,
         cpu=in_place,
         default=lambda old_m, u, decay, *_: moving_average(old_m, u, decay),
     )

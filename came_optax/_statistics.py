@@ -83,22 +83,25 @@ def read_once(x: jax.Array, zero: jax.Array) -> jax.Array:
     return read
 
 
-def in_turn(x: jax.Array, *before: jax.Array) -> jax.Array:
-    """Returns ``x``, but on CPUs not before the statistics ``before`` are known.
+def in_turn(x: jax.Array, turn: jax.Array) -> jax.Array:
+    """Returns ``x``, but on CPUs not before ``turn`` is known.
 
     There XLA would work on all leaves at once, and hold temporaries for each. It waits
-    because it cannot know that no statistic is negative.
+    because it cannot know that no sum of statistics is negative.
     """
-
-    def wait(x: jax.Array, *before: jax.Array) -> jax.Array:
-        for statistic in before:
-            x = jnp.where(jnp.any(statistic < 0), jnp.nan, x)
-        return x
-
     waiting: jax.Array = jax.lax.platform_dependent(
-        x, *before, cpu=wait, default=lambda x, *before: x
+        x,
+        turn,
+        cpu=lambda x, turn: jnp.where(turn < 0, jnp.nan, x),
+        default=lambda x, turn: x,
     )
     return waiting
+
+
+def turn_after(*statistics: jax.Array) -> jax.Array:
+    """Returns a float32 scalar for :func:`in_turn`, known when the statistics are."""
+    turn = jnp.zeros((), jnp.float32)
+    return sum((jnp.sum(s).astype(turn.dtype) for s in statistics), turn)
 
 
 def reductions(
@@ -169,20 +172,24 @@ def one_minus_power(decay: jax.Array, count: jax.typing.ArrayLike) -> jax.Array:
     return -jnp.expm1(jnp.asarray(count, jnp.float32) * jnp.log1p(decay - 1))
 
 
-def divide_by_factored_root(
-    x: jax.Array, row: jax.Array, col: jax.Array, axes: FactoredAxes
-) -> tuple[jax.Array, jax.Array]:
-    """Returns x / sqrt(row colᵀ / mean(row)), and once more :func:`for_another_pass`.
+def divide_by_root(
+    x: jax.Array, moments: tuple[jax.Array, ...], axes: FactoredAxes
+) -> jax.Array:
+    """Returns x / sqrt(row colᵀ / mean(row)), or x / sqrt(v) if not factored.
 
     One factor after the other: each is finite, where their product need not be (a row
     and a column that were zero until now).
+
+    Args:
+      x: the leaf.
+      moments: its row and its column statistic, or its full second moment.
+      axes: the leaf's axes.
     """
-
-    def divide(x: jax.Array, row: jax.Array, col: jax.Array) -> jax.Array:
-        row = jnp.expand_dims(row, axes.col)
-        col = jnp.expand_dims(col, axes.row)
-        row_mean = jnp.mean(row, axes.row, keepdims=True)
-        row_factor = jnp.sqrt(row_mean) * jax.lax.rsqrt(row)
-        return x * row_factor.astype(x.dtype) * jax.lax.rsqrt(col).astype(x.dtype)
-
-    return divide(x, row, col), divide(*for_another_pass((x, row, col)))
+    if not axes.factored:
+        (v,) = moments
+        return x * jax.lax.rsqrt(v).astype(x.dtype)
+    row, col = moments
+    row, col = jnp.expand_dims(row, axes.col), jnp.expand_dims(col, axes.row)
+    row_mean = jnp.mean(row, axes.row, keepdims=True)
+    row_factor = jnp.sqrt(row_mean) * jax.lax.rsqrt(row)
+    return x * row_factor.astype(x.dtype) * jax.lax.rsqrt(col).astype(x.dtype)
