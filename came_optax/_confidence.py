@@ -176,7 +176,7 @@ def clipped_confidence(
         check_inexact("updates", updates)
         check_same_leaves("updates", updates, "state", state.mu)
         count = optax.safe_increment(state.count)
-        turn = jnp.zeros((), jnp.float32)
+        turn = jnp.array(False)
 
         def update_leaf(
             path: KeyPath,
@@ -286,7 +286,7 @@ def _update_leaf(
     delta = clipped_by_leaf_rms(confident, (m, *instability), axes, clipping_threshold)
     stored = momentum.store(m, old_m, u, b1, stored, axes, mu_dtype)
     if axes.factored:
-        turn = stats.turn_after(turn, stored.mu_row)
+        turn = stats.turn_after(s_row, stored.mu_row)
     return stored, s_row, s_col, delta, turn
 
 

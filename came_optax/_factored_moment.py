@@ -132,7 +132,7 @@ def clipped_factored_moment(
         check_inexact("updates", updates)
         check_same_leaves("updates", updates, "state", state.v)
         count = optax.safe_increment(state.count)
-        turn = jnp.zeros((), jnp.float32)
+        turn = jnp.array(False)
 
         def update_leaf(
             path: KeyPath,

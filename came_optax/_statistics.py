@@ -3,6 +3,7 @@
 All functions work on one leaf. ``x`` is already in the statistics' precision.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -87,21 +88,20 @@ def in_turn(x: jax.Array, turn: jax.Array) -> jax.Array:
     """Returns ``x``, but on CPUs not before ``turn`` is known.
 
     There XLA would work on all leaves at once, and hold temporaries for each. It waits
-    because it cannot know that no sum of statistics is negative.
+    because it cannot know that no statistic is negative.
     """
     waiting: jax.Array = jax.lax.platform_dependent(
         x,
         turn,
-        cpu=lambda x, turn: jnp.where(turn < 0, jnp.nan, x),
+        cpu=lambda x, turn: jnp.where(turn, jnp.nan, x),
         default=lambda x, turn: x,
     )
     return waiting
 
 
 def turn_after(*statistics: jax.Array) -> jax.Array:
-    """Returns a float32 scalar for :func:`in_turn`, known when the statistics are."""
-    turn = jnp.zeros((), jnp.float32)
-    return sum((jnp.sum(s).astype(turn.dtype) for s in statistics), turn)
+    """Returns False for :func:`in_turn`, known when the statistics are."""
+    return functools.reduce(jnp.logical_or, (jnp.any(s < 0) for s in statistics))
 
 
 def reductions(
