@@ -189,7 +189,8 @@ def divide_by_root(
         (v,) = moments
         return x * jax.lax.rsqrt(v).astype(x.dtype)
     row, col = moments
-    row, col = jnp.expand_dims(row, axes.col), jnp.expand_dims(col, axes.row)
+    row = jnp.expand_dims(row, axes.col)
+    col = jnp.expand_dims(col, axes.row)
     row_mean = jnp.mean(row, axes.row, keepdims=True)
     row_factor = jnp.sqrt(row_mean) * jax.lax.rsqrt(row)
     return x * row_factor.astype(x.dtype) * jax.lax.rsqrt(col).astype(x.dtype)

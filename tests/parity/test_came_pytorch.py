@@ -298,8 +298,8 @@ MUTATIONS = [
     (
         "no confidence",
         "_confidence",
-        "delta, again = stats.divide_by_factored_root(m, s_row, s_col, axes)",
-        "delta = again = m",
+        "delta = stats.divide_by_root(m, s, axes) if axes.factored else m",
+        "delta = m",
         {"params"},
     ),
     ("no ε1", "_factored_moment", "decay, eps1)", "decay, 0 * eps1)", EVERYTHING),
