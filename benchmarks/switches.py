@@ -104,7 +104,7 @@ def timed(params: Any, mu_dtype: str, rounds: int) -> list[dict[str, Any]]:
 
 
 def label(functions: tuple[str, ...]) -> str:
-    return ", ".join(functions)
+    return ", ".join(functions) or "nothing"
 
 
 def main() -> None:
