@@ -8,6 +8,7 @@ a chip that need not be there, bytes are counted in the compiled update:
 
     python benchmarks/switches.py
     python benchmarks/switches.py --chip v5e
+    python benchmarks/switches.py --chip v5p --matrix 4096 16384
 """
 
 import argparse
@@ -111,13 +112,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chip", choices=["cpu", *CHIPS], default="cpu")
     parser.add_argument("--size", choices=gpt2.SIZES, default="small")
+    parser.add_argument(
+        "--matrix",
+        type=int,
+        nargs=2,
+        metavar=("ROWS", "COLUMNS"),
+        help="one float32 matrix in place of a GPT-2",
+    )
     parser.add_argument("--rounds", type=int, default=20, help="on CPU")
     parser.add_argument("--output", type=pathlib.Path, default=output.DEFAULT)
     args = parser.parse_args()
 
     if args.chip != "cpu":
         target(args.chip)  # Before anything else uses JAX.
-    params = updates.gpt2_shapes(args.size)
+    name, params = f"switches_{args.chip}", updates.gpt2_shapes(args.size)
+    if args.matrix is not None:
+        params = [jax.ShapeDtypeStruct(tuple(args.matrix), jnp.float32)]
+        name += "_{}x{}".format(*args.matrix)
     rows = []
     for mu_dtype in ("float32", "int8"):
         found = (
@@ -126,7 +137,7 @@ def main() -> None:
             else compiled(args.chip, params, mu_dtype)
         )
         rows += [{args.chip: f"CAME, {mu_dtype}"} | row for row in found]
-    output.write(args.output, f"switches_{args.chip}", rows, jax=jax.__version__)
+    output.write(args.output, name, rows, jax=jax.__version__)
 
 
 if __name__ == "__main__":
