@@ -22,7 +22,6 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from compiled_traffic import measure
 from measuring import output, updates
 from measuring.chips import CHIPS, target
@@ -84,10 +83,7 @@ def compiled(chip: str, params: Any, mu_dtype: str) -> list[dict[str, Any]]:
 
 def timed(params: Any, mu_dtype: str, rounds: int) -> list[dict[str, Any]]:
     """Times the update as it is, and without each choice."""
-    rng = np.random.default_rng(0)
-    grads = jax.tree.map(
-        lambda p: jnp.asarray(rng.standard_normal(p.shape, np.float32)), params
-    )
+    grads = updates.random_like(params)
     contestants: dict[str, Any] = {
         BASELINE: JaxUpdate(updates.OPTIMIZERS[BASELINE](), grads)
     }

@@ -23,7 +23,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import tqdm
 from measuring import hlo, output, updates
@@ -135,11 +134,7 @@ def main() -> None:
     parser.add_argument("--output", type=pathlib.Path, default=output.DEFAULT)
     args = parser.parse_args()
 
-    rng = np.random.default_rng(0)
-    grads = jax.tree.map(
-        lambda p: jnp.asarray(rng.standard_normal(p.shape, np.float32)),
-        MODELS[args.model](),
-    )
+    grads = updates.random_like(MODELS[args.model]())
     contestants: dict[str, Any] = {
         name: JaxUpdate(make(), grads)
         for name, make in updates.OPTIMIZERS.items()

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -43,6 +44,14 @@ def small_shapes(leaves: int = 1000) -> Any:
         jax.ShapeDtypeStruct(shapes[i % len(shapes)], jnp.float32)
         for i in range(leaves)
     ]
+
+
+def random_like(shapes: Any) -> Any:
+    """Returns float32 arrays of such shapes, normal and the same in each run."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda p: jnp.asarray(rng.standard_normal(p.shape, np.float32)), shapes
+    )
 
 
 def number(params: Any) -> int:
