@@ -24,7 +24,7 @@ def unboxed(
     """Lets a transformation of arrays take boxed ones, and boxes its state alike.
 
     Args:
-      tx: a transformation whose state is a NamedTuple of trees that have the
+      tx: a transformation whose state is a tuple of NamedTuples of trees that have the
         parameters' structure, or are single arrays named ``count``.
     """
 
@@ -41,13 +41,15 @@ def unboxed(
                 return statistics
             return jax.tree.map(lambda x, a: _rebox(box, x, a), statistics, axes)
 
-        def box_field(name: str) -> Any:
-            trees = getattr(state, name), getattr(axes_of_state, name)
+        def box_field(name: str, tree: Any, axes: Any) -> Any:
             if name == "count":
-                return trees[0]
-            return jax.tree.map(box_leaf, params, *trees, is_leaf=_is_box)
+                return tree
+            return jax.tree.map(box_leaf, params, tree, axes, is_leaf=_is_box)
 
-        return type(state)(*map(box_field, state._fields))
+        def box_state(state: Any, axes: Any) -> Any:
+            return type(state)(*map(box_field, state._fields, state, axes))
+
+        return tuple(map(box_state, state, axes_of_state))
 
     def update_fn(
         updates: optax.Updates,

@@ -12,9 +12,10 @@ from came_optax._checks import (
     check_scalar,
     check_threshold,
 )
-from came_optax._confidence import clipped_confidence
-from came_optax._factored_moment import clipped_factored_moment
+from came_optax._confidence import confidence
+from came_optax._factored_moment import factored_moment
 from came_optax._factoring import FactoringRule, LastTwoAxes
+from came_optax._leafwise import chained
 from came_optax._precision import in_full_precision
 
 
@@ -65,25 +66,17 @@ def scale_by_came(
     """
     check_threshold("clipping_threshold", clipping_threshold)
     check_threshold("update_clipping_threshold", update_clipping_threshold)
-    inner = optax.chain(
-        clipped_factored_moment(
-            b2,
-            eps1,
-            clipping_threshold,
-            factoring=factoring,
-            bias_correction=bias_correction,
-        ),
-        optax.identity(),  # Its empty state, and the last: where checkpoints have it.
-        clipped_confidence(
+    inner = chained(
+        factored_moment(b2, eps1, clipping_threshold, bias_correction=bias_correction),
+        confidence(
             b1,
             b3,
             eps2,
             update_clipping_threshold,
-            factoring=factoring,
             mu_dtype=mu_dtype,
             bias_correction=bias_correction,
         ),
-        optax.identity(),
+        factoring=factoring,
     )
     return in_full_precision(inner)
 

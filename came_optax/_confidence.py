@@ -1,6 +1,5 @@
 """The second half of CAME: momentum, and confidence in it."""
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -10,24 +9,10 @@ import optax
 
 from came_optax import _momentum as momentum
 from came_optax import _statistics as stats
-from came_optax._boxes import unboxed
-from came_optax._checks import (
-    KeyPath,
-    check_decay,
-    check_epsilon,
-    check_flag,
-    check_inexact,
-    check_same_leaves,
-    check_state,
-)
+from came_optax._checks import KeyPath, check_decay, check_epsilon, check_flag
 from came_optax._clipping import clipped_by_leaf_rms
-from came_optax._factoring import (
-    FactoredAxes,
-    FactoringRule,
-    LastTwoAxes,
-    check_factoring,
-    factored_axes,
-)
+from came_optax._factoring import FactoredAxes, FactoringRule, LastTwoAxes
+from came_optax._leafwise import Leafwise, transformation
 from came_optax._residual import average, residuals
 
 
@@ -121,109 +106,69 @@ def scale_by_confidence(
     References:
       Luo et al., `CAME <https://arxiv.org/abs/2307.02047>`_, 2023.
     """
-    return clipped_confidence(
-        b1,
-        b3,
-        eps2,
-        None,
-        factoring=factoring,
-        mu_dtype=mu_dtype,
-        bias_correction=bias_correction,
+    part = confidence(
+        b1, b3, eps2, None, mu_dtype=mu_dtype, bias_correction=bias_correction
     )
+    return transformation(part, factoring)
 
 
-def clipped_confidence(
+def confidence(
     b1: jax.typing.ArrayLike,
     b3: jax.typing.ArrayLike,
     eps2: jax.typing.ArrayLike,
     clipping_threshold: jax.typing.ArrayLike | None,
     *,
-    factoring: FactoringRule,
     mu_dtype: str,
     bias_correction: bool,
-) -> optax.GradientTransformationExtraArgs:
-    """:func:`scale_by_confidence`, then each leaf clipped by its RMS."""
+) -> Leafwise:
+    """:func:`scale_by_confidence`, then a clip by RMS, of each leaf."""
     check_decay("b1", b1)
     check_decay("b3", b3)
     check_epsilon("eps2", eps2)
     check_flag("bias_correction", bias_correction)
-    check_factoring(factoring)
     momentum.check_dtype(mu_dtype)
     b1, b3 = jnp.asarray(b1, jnp.float32), jnp.asarray(b3, jnp.float32)
     eps2 = jnp.asarray(eps2, jnp.float32)
 
-    def init_fn(params: optax.Params) -> ScaleByConfidenceState:
-        def init_leaf(p: Any, axes: FactoredAxes) -> _Leaf:
-            row_mean, col_mean, _ = stats.reductions(axes)
-            return _Leaf(
-                momentum.init(p, axes, mu_dtype),
-                stats.init_statistic(p, row_mean),
-                stats.init_statistic(p, col_mean),
-            )
-
-        check_inexact("params", params)
-        leaves = jax.tree.map(init_leaf, params, factored_axes(factoring, params))
-        return _to_state(jnp.zeros([], jnp.int32), leaves)
-
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, ScaleByConfidenceState]:
-        del params, extra_args
-        check_state(state, ScaleByConfidenceState, "scale_by_confidence")
-        check_inexact("updates", updates)
-        check_same_leaves("updates", updates, "state", state.mu)
-        count = optax.safe_increment(state.count)
-        turn = jnp.array(False)
-
-        def update_leaf(
-            path: KeyPath,
-            u: jax.Array,
-            axes: FactoredAxes,
-            mu: jax.Array,
-            mu_row: jax.Array,
-            mu_col: jax.Array,
-            s_row: jax.Array,
-            s_col: jax.Array,
-        ) -> _Leaf:
-            nonlocal turn
-            row_mean, col_mean, _ = stats.reductions(axes)
-            stats.check_statistic("s_row", path, s_row, u.shape, row_mean)
-            stats.check_statistic("s_col", path, s_col, u.shape, col_mean)
-            x = stats.in_precision_of(s_row, u)
-            stored = momentum.Stored(mu, mu_row, mu_col)
-            momentum.check(path, stored, x, axes, mu_dtype)
-            stored, s_row, s_col, delta, turn = _update_leaf(
-                x,
-                stored,
-                s_row,
-                s_col,
-                count if bias_correction else None,
-                turn,
-                b1=b1,
-                b3=b3,
-                eps2=eps2,
-                clipping_threshold=clipping_threshold,
-                axes=axes,
-                mu_dtype=mu_dtype,
-            )
-            return _Leaf(stored, s_row, s_col, delta.astype(u.dtype))
-
-        leaves = jax.tree.map_with_path(
-            update_leaf,
-            updates,
-            factored_axes(factoring, updates),
-            state.mu,
-            state.mu_row,
-            state.mu_col,
-            state.s_row,
-            state.s_col,
+    def init(p: Any, axes: FactoredAxes) -> tuple[jax.Array, ...]:
+        row_mean, col_mean, _ = stats.reductions(axes)
+        return (
+            *momentum.init(p, axes, mu_dtype),
+            stats.init_statistic(p, row_mean),
+            stats.init_statistic(p, col_mean),
         )
-        return jax.tree.map(lambda leaf: leaf.delta, leaves), _to_state(count, leaves)
 
-    return unboxed(optax.GradientTransformationExtraArgs(init_fn, update_fn))
+    def update(
+        path: KeyPath,
+        u: jax.Array,
+        arrays: tuple[jax.Array, ...],
+        axes: FactoredAxes,
+        count: jax.Array,
+        turn: jax.Array,
+    ) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Array]:
+        *stored, s_row, s_col = arrays
+        row_mean, col_mean, _ = stats.reductions(axes)
+        stats.check_statistic("s_row", path, s_row, u.shape, row_mean)
+        stats.check_statistic("s_col", path, s_col, u.shape, col_mean)
+        x = stats.in_precision_of(s_row, u)
+        momentum.check(path, momentum.Stored(*stored), x, axes, mu_dtype)
+        delta, stored, s_row, s_col, turn = _update_leaf(
+            x,
+            momentum.Stored(*stored),
+            s_row,
+            s_col,
+            count if bias_correction else None,
+            turn,
+            b1=b1,
+            b3=b3,
+            eps2=eps2,
+            clipping_threshold=clipping_threshold,
+            axes=axes,
+            mu_dtype=mu_dtype,
+        )
+        return delta.astype(u.dtype), (*stored, s_row, s_col), turn
+
+    return Leafwise("scale_by_confidence", ScaleByConfidenceState, init, update)
 
 
 # Inlined, as XLA:GPU fuses what was a call differently, and moves more memory.
@@ -242,8 +187,8 @@ def _update_leaf(
     clipping_threshold: jax.typing.ArrayLike | None,
     axes: FactoredAxes,
     mu_dtype: str,
-) -> tuple[momentum.Stored, jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Returns one leaf's state, update and turn; traced once for each shape.
+) -> tuple[jax.Array, momentum.Stored, jax.Array, jax.Array, jax.Array]:
+    """Returns one leaf's update, state and turn; traced once for each shape.
 
     Args:
       u: the update, in the statistics' precision.
@@ -251,7 +196,7 @@ def _update_leaf(
       s_row: the row statistic; shape (1,) if the leaf isn't factored.
       s_col: the column statistic; shape (1,) if the leaf isn't factored.
       count: number of updates with this one, or None for no bias correction.
-      turn: what this function returned for the leaf before.
+      turn: the turn before.
       b1: decay rate of the momentum.
       b3: decay rate of the instability.
       eps2: added to the instability.
@@ -288,25 +233,4 @@ def _update_leaf(
     stored = momentum.store(m, old_m, u, b1, stored, axes, mu_dtype)
     if axes.factored:
         turn = stats.turn_after(s_row, stored.mu_row)
-    return stored, s_row, s_col, delta, turn
-
-
-@dataclasses.dataclass(frozen=True)
-class _Leaf:
-    """One leaf's new state and update; opaque to ``jax.tree.map``."""
-
-    stored: momentum.Stored
-    s_row: jax.Array
-    s_col: jax.Array
-    delta: jax.Array | None = None
-
-
-def _to_state(count: jax.typing.ArrayLike, leaves: Any) -> ScaleByConfidenceState:
-    return ScaleByConfidenceState(
-        count=count,
-        mu=jax.tree.map(lambda leaf: leaf.stored.mu, leaves),
-        mu_row=jax.tree.map(lambda leaf: leaf.stored.mu_row, leaves),
-        mu_col=jax.tree.map(lambda leaf: leaf.stored.mu_col, leaves),
-        s_row=jax.tree.map(lambda leaf: leaf.s_row, leaves),
-        s_col=jax.tree.map(lambda leaf: leaf.s_col, leaves),
-    )
+    return delta, stored, s_row, s_col, turn

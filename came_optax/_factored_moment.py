@@ -1,6 +1,5 @@
 """The first half of CAME: Adafactor's factored second moment."""
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -9,24 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from came_optax import _statistics as stats
-from came_optax._boxes import unboxed
-from came_optax._checks import (
-    KeyPath,
-    check_decay,
-    check_epsilon,
-    check_flag,
-    check_inexact,
-    check_same_leaves,
-    check_state,
-)
+from came_optax._checks import KeyPath, check_decay, check_epsilon, check_flag
 from came_optax._clipping import clipped_by_leaf_rms
-from came_optax._factoring import (
-    FactoredAxes,
-    FactoringRule,
-    LastTwoAxes,
-    check_factoring,
-    factored_axes,
-)
+from came_optax._factoring import FactoredAxes, FactoringRule, LastTwoAxes
+from came_optax._leafwise import Leafwise, transformation
 
 
 class ScaleByFactoredMomentState(NamedTuple):
@@ -89,89 +74,58 @@ def scale_by_factored_moment(
       Shazeer and Stern, `Adafactor <https://arxiv.org/abs/1804.04235>`_, 2018;
       Luo et al., `CAME <https://arxiv.org/abs/2307.02047>`_, 2023.
     """
-    return clipped_factored_moment(
-        b2, eps1, None, factoring=factoring, bias_correction=bias_correction
-    )
+    part = factored_moment(b2, eps1, None, bias_correction=bias_correction)
+    return transformation(part, factoring)
 
 
-def clipped_factored_moment(
+def factored_moment(
     b2: jax.typing.ArrayLike,
     eps1: jax.typing.ArrayLike,
     clipping_threshold: jax.typing.ArrayLike | None,
     *,
-    factoring: FactoringRule,
     bias_correction: bool,
-) -> optax.GradientTransformationExtraArgs:
-    """:func:`scale_by_factored_moment`, then each leaf clipped by its RMS.
+) -> Leafwise:
+    """:func:`scale_by_factored_moment`, then a clip by RMS, of each leaf.
 
-    As one transformation, because XLA:CPU can compute the RMS from the gradient and the
-    statistics without storing u, if it is told so.
+    As one, because XLA:CPU can compute the RMS from the gradient and the statistics
+    without storing u, if it is told so.
     """
     check_decay("b2", b2)
     check_epsilon("eps1", eps1)
     check_flag("bias_correction", bias_correction)
-    check_factoring(factoring)
     b2, eps1 = jnp.asarray(b2, jnp.float32), jnp.asarray(eps1, jnp.float32)
 
-    def init_fn(params: optax.Params) -> ScaleByFactoredMomentState:
-        def init_leaf(p: Any, axes: FactoredAxes) -> _Leaf:
-            return _Leaf(*(stats.init_statistic(p, m) for m in stats.reductions(axes)))
+    def init(p: Any, axes: FactoredAxes) -> tuple[jax.Array, ...]:
+        return tuple(stats.init_statistic(p, m) for m in stats.reductions(axes))
 
-        check_inexact("params", params)
-        leaves = jax.tree.map(init_leaf, params, factored_axes(factoring, params))
-        return _to_state(jnp.zeros([], jnp.int32), leaves)
-
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, ScaleByFactoredMomentState]:
-        del params, extra_args
-        check_state(state, ScaleByFactoredMomentState, "scale_by_factored_moment")
-        check_inexact("updates", updates)
-        check_same_leaves("updates", updates, "state", state.v)
-        count = optax.safe_increment(state.count)
-        turn = jnp.array(False)
-
-        def update_leaf(
-            path: KeyPath,
-            g: jax.Array,
-            axes: FactoredAxes,
-            v_row: jax.Array,
-            v_col: jax.Array,
-            v: jax.Array,
-        ) -> _Leaf:
-            nonlocal turn
-            row_mean, col_mean, full_mean = stats.reductions(axes)
-            stats.check_statistic("v_row", path, v_row, g.shape, row_mean)
-            stats.check_statistic("v_col", path, v_col, g.shape, col_mean)
-            stats.check_statistic("v", path, v, g.shape, full_mean)
-            v_row, v_col, v, u, turn = _update_leaf(
-                stats.in_precision_of(v, g),
-                v_row,
-                v_col,
-                v,
-                count if bias_correction else None,
-                turn,
-                b2=b2,
-                eps1=eps1,
-                clipping_threshold=clipping_threshold,
-                axes=axes,
-            )
-            return _Leaf(v_row, v_col, v, u.astype(g.dtype))
-
-        leaves = jax.tree.map_with_path(
-            update_leaf,
-            updates,
-            factored_axes(factoring, updates),
-            state.v_row,
-            state.v_col,
-            state.v,
+    def update(
+        path: KeyPath,
+        g: jax.Array,
+        statistics: tuple[jax.Array, jax.Array, jax.Array],
+        axes: FactoredAxes,
+        count: jax.Array,
+        turn: jax.Array,
+    ) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Array]:
+        *_, v = statistics
+        for name, statistic, mean_over in zip(
+            ("v_row", "v_col", "v"), statistics, stats.reductions(axes), strict=True
+        ):
+            stats.check_statistic(name, path, statistic, g.shape, mean_over)
+        u, statistics, turn = _update_leaf(
+            stats.in_precision_of(v, g),
+            *statistics,
+            count if bias_correction else None,
+            turn,
+            b2=b2,
+            eps1=eps1,
+            clipping_threshold=clipping_threshold,
+            axes=axes,
         )
-        return jax.tree.map(lambda leaf: leaf.u, leaves), _to_state(count, leaves)
+        return u.astype(g.dtype), statistics, turn
 
-    return unboxed(optax.GradientTransformationExtraArgs(init_fn, update_fn))
+    return Leafwise(
+        "scale_by_factored_moment", ScaleByFactoredMomentState, init, update
+    )
 
 
 # Inlined, as XLA:GPU fuses what was a call differently, and moves more memory.
@@ -188,8 +142,8 @@ def _update_leaf(
     eps1: jax.Array,
     clipping_threshold: jax.typing.ArrayLike | None,
     axes: FactoredAxes,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Returns one leaf's statistics, update and turn; traced once for each shape.
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """Returns one leaf's update, statistics and turn; traced once for each shape.
 
     Args:
       g: the gradient, in the statistics' precision.
@@ -197,7 +151,7 @@ def _update_leaf(
       v_col: its column statistic; shape (1,) if the leaf isn't factored.
       v: its second moment; shape (1,) if the leaf is factored.
       count: number of updates with this one, or None for no bias correction.
-      turn: what this function returned for the leaf before.
+      turn: the turn before.
       b2: decay rate.
       eps1: added to the squared gradient.
       clipping_threshold: largest root mean square of the update, or None.
@@ -221,23 +175,4 @@ def _update_leaf(
 
     moments = (v_row, v_col) if axes.factored else (v,)
     u = clipped_by_leaf_rms(normalized, (g, *moments), axes, clipping_threshold)
-    return v_row, v_col, v, u, turn
-
-
-@dataclasses.dataclass(frozen=True)
-class _Leaf:
-    """One leaf's new statistics and update; opaque to ``jax.tree.map``."""
-
-    v_row: jax.Array
-    v_col: jax.Array
-    v: jax.Array
-    u: jax.Array | None = None
-
-
-def _to_state(count: jax.typing.ArrayLike, leaves: Any) -> ScaleByFactoredMomentState:
-    return ScaleByFactoredMomentState(
-        count=count,
-        v_row=jax.tree.map(lambda leaf: leaf.v_row, leaves),
-        v_col=jax.tree.map(lambda leaf: leaf.v_col, leaves),
-        v=jax.tree.map(lambda leaf: leaf.v, leaves),
-    )
+    return u, (v_row, v_col, v), turn
