@@ -161,7 +161,7 @@ def _update_leaf(
         g = stats.read_once(g, v)
         decay = stats.in_turn(b2, turn)
         v_row = stats.update_mean_square(v_row, g, axes.col, decay, eps1)
-        again = stats.for_another_pass(g)
+        again = stats.for_another_pass(g) * stats.in_turn(jnp.ones_like(b2), turn)
         v_col = stats.update_mean_square(v_col, again, axes.row, decay, eps1)
         turn = stats.turn_after(v_row)
     else:
