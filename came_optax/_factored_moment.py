@@ -161,7 +161,9 @@ def _update_leaf(
         g = stats.read_once(g, v)
         decay = stats.in_turn(b2, turn)
         v_row = stats.update_mean_square(v_row, g, axes.col, decay, eps1)
-        again = stats.for_another_pass(g) * stats.in_turn(jnp.ones_like(b2), turn)
+        # A factor, as XLA:CPU would store what a select makes of g.
+        one = stats.in_turn(jnp.ones([], g.dtype), turn)
+        again = one * stats.for_another_pass(g)
         v_col = stats.update_mean_square(v_col, again, axes.row, decay, eps1)
         turn = stats.turn_after(v_row)
     else:
