@@ -90,6 +90,12 @@ def chained(
     ) -> tuple[optax.Updates, tuple[Any, ...]]:
         del params, extra_args
         check_inexact("updates", updates)
+        if len(state) != 2 * len(parts):
+            names = " and ".join(part.made_by for part in parts)
+            raise ValueError(
+                f"the state of {names} must have {2 * len(parts)} parts as made by "
+                f"init, got {len(state)}"
+            )
         treedef: Any = jax.tree.structure(updates)
         leaves = jax.tree.leaves_with_path(updates)
         axes = treedef.flatten_up_to(factored_axes(factoring, updates))

@@ -251,6 +251,12 @@ def test_states_of_other_optimizers(
         came(1e-3).update(PARAMS, state, PARAMS)
 
 
+def test_half_a_state_for_the_whole() -> None:
+    state = scale_by_came().init(PARAMS)[:2]  # type: ignore[index]
+    with pytest.raises(ValueError, match="must have 4 parts as made by init, got 2"):
+        scale_by_came().update(PARAMS, state)
+
+
 @pytest.mark.parametrize("make", [scale_by_factored_moment, scale_by_confidence])
 def test_half_a_state_of_another_kind(make: Any) -> None:
     state = optax.scale_by_adam().init(PARAMS)
