@@ -204,6 +204,9 @@ def _update_leaf(
       axes: the leaf's axes.
       mu_dtype: how momentum is stored.
     """
+    if axes.factored and momentum.is_quantized(u, mu_dtype):
+        # Not before the leaf's second moment: all leaves' codes would be too many.
+        stored = stored._replace(mu=stats.read_once(stored.mu, turn))
     old_m = momentum.load(stored, u, axes, mu_dtype)
     if axes.factored:
         u = stats.in_turn(u, turn)

@@ -158,14 +158,14 @@ def _update_leaf(
       axes: the leaf's axes.
     """
     if axes.factored:
-        g = stats.read_once(g, v)
+        g = stats.read_once(g, v[0] < 0)
         decay = stats.in_turn(b2, turn)
         v_row = stats.update_mean_square(v_row, g, axes.col, decay, eps1)
         # A factor, as XLA:CPU would store what a select makes of g.
         one = stats.in_turn(jnp.ones([], g.dtype), turn)
         again = one * stats.for_another_pass(g)
         v_col = stats.update_mean_square(v_col, again, axes.row, decay, eps1)
-        turn = stats.turn_after(v_row)
+        turn = stats.turn_after(stats.mean_of_row(v_row, axes))
     else:
         v = stats.update_mean_square(v, g, (), b2, eps1)
 

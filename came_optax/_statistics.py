@@ -65,21 +65,21 @@ def for_another_pass(xs: Any) -> Any:
     )
 
 
-def read_once(x: jax.Array, zero: jax.Array) -> jax.Array:
+def read_once(x: jax.Array, negative: jax.Array) -> jax.Array:
     """Returns ``x``; on TPUs a copy, for which the chip's own memory has room.
 
     XLA keeps there what is read again, but starts the first pass over ``x`` before its
-    own copy has arrived. It makes this one because it cannot know that the state's
-    ``zero``, of shape (1,), is not negative.
+    own copy has arrived. It makes this one because it cannot know that no statistic is
+    ``negative``, a bool of shape (), and not before that is known.
     """
 
-    def copied(x: jax.Array, zero: jax.Array) -> Any:
-        return jax.lax.optimization_barrier(jnp.where(zero[0] < 0, jnp.nan, x))
+    def copied(x: jax.Array, negative: jax.Array) -> Any:
+        return jax.lax.optimization_barrier(jnp.where(negative, 0, x))
 
     if x.nbytes > _SMALL_ON_CHIP:
         return x
     read: jax.Array = jax.lax.platform_dependent(
-        x, zero, tpu=copied, default=lambda x, zero: x
+        x, negative, tpu=copied, default=lambda x, negative: x
     )
     return read
 
@@ -172,6 +172,11 @@ def one_minus_power(decay: jax.Array, count: jax.typing.ArrayLike) -> jax.Array:
     return -jnp.expm1(jnp.asarray(count, jnp.float32) * jnp.log1p(decay - 1))
 
 
+def mean_of_row(row: jax.Array, axes: FactoredAxes) -> jax.Array:
+    """Returns the mean of a leaf's row statistic, which broadcasts with the leaf."""
+    return jnp.mean(jnp.expand_dims(row, axes.col), axes.row, keepdims=True)
+
+
 def divide_by_root(
     x: jax.Array, moments: tuple[jax.Array, ...], axes: FactoredAxes
 ) -> jax.Array:
@@ -189,8 +194,7 @@ def divide_by_root(
         (v,) = moments
         return x * jax.lax.rsqrt(v).astype(x.dtype)
     row, col = moments
-    row = jnp.expand_dims(row, axes.col)
+    row_mean = mean_of_row(row, axes)
+    row_factor = jnp.sqrt(row_mean) * jax.lax.rsqrt(jnp.expand_dims(row, axes.col))
     col = jnp.expand_dims(col, axes.row)
-    row_mean = jnp.mean(row, axes.row, keepdims=True)
-    row_factor = jnp.sqrt(row_mean) * jax.lax.rsqrt(row)
     return x * row_factor.astype(x.dtype) * jax.lax.rsqrt(col).astype(x.dtype)
