@@ -41,6 +41,10 @@ check: $(stamp)-dev ## Check format, lint and types, and run the doctests
 parity: $(stamp)-parity ## Compare with came-pytorch and transformers (installs PyTorch)
 	$(pytest) -m parity --quiet tests/parity $(ARGS)
 
+.PHONY: tpu
+tpu: $(stamp)-dev $(stamp)-tpu ## Compile for TPUs and count: bytes, kernels, communication (needs no TPU)
+	$(pytest) -m tpu --numprocesses=auto --maxprocesses=4 --quiet $(ARGS)
+
 .PHONY: docs
 docs: $(stamp)-docs ## Build the documentation into docs/_build/html
 	$(python) -m sphinx -W --keep-going -b html docs docs/_build/html

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from compiled_traffic import EXACT, measure
-from measuring.updates import OPTIMIZERS
+from measuring.updates import OPTIMIZERS, gpt2_shapes
 
 pytestmark = pytest.mark.tpu
 
@@ -79,6 +79,17 @@ def test_traffic_of_matrices_that_fit(v5e, mu_dtype, bytes_per_parameter):
     found = measured(f"CAME, {mu_dtype}", layers(2), v5e)
     assert found["bytes/parameter"] <= bytes_per_parameter
     assert found["temporaries (MB)"] <= 4 * 768 * 3072 / 1e6
+
+
+# Codes of many matrices at once would leave no room on the chip: 17.84 and 142 MB.
+@pytest.mark.parametrize(
+    ("mu_dtype", "bytes_per_parameter", "temporaries"),
+    [("float32", 23.78, 73), ("int4", 16.8, 70)],
+)
+def test_traffic_of_gpt2(v5e, mu_dtype, bytes_per_parameter, temporaries):
+    found = measured(f"CAME, {mu_dtype}", gpt2_shapes("small"), v5e)
+    assert found["bytes/parameter"] <= bytes_per_parameter
+    assert found["temporaries (MB)"] <= temporaries
 
 
 def test_kernels_grow_linearly_with_leaves(v5e):
