@@ -276,8 +276,8 @@ MUTATIONS = [
     (
         "row and column swapped where they are applied",
         "_statistics",
-        "row = jnp.expand_dims(row, axes.col)",
-        "row, col = jnp.expand_dims(col, axes.col), row",
+        "row, col = moments",
+        "col, row = moments",
         MOMENTUM_ON,
     ),
     (
