@@ -1,6 +1,6 @@
 """CAME (Luo et al., ACL 2023) as a composable Optax gradient transformation."""
 
-from came_optax._came import came, scale_by_came
+from came_optax._came import came, scale_by_came, steady_came
 from came_optax._confidence import ScaleByConfidenceState, scale_by_confidence
 from came_optax._factored_moment import (
     ScaleByFactoredMomentState,
@@ -36,5 +36,6 @@ __all__ = [
     "scale_by_factored_moment",
     "state_memory",
     "state_sharding",
+    "steady_came",
     "stochastic_apply_updates",
 ]

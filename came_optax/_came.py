@@ -29,6 +29,7 @@ def scale_by_came(
     *,
     factoring: FactoringRule = LastTwoAxes(),
     mu_dtype: str = "float32",
+    nesterov: bool = False,
     bias_correction: bool = False,
     update_clipping_threshold: jax.typing.ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -48,6 +49,8 @@ def scale_by_came(
       factoring: which axes of each leaf are rows and columns.
       mu_dtype: how momentum is stored: ``"float32"``, ``"bfloat16"``, ``"int8"`` or
         ``"int4"``.
+      nesterov: the update takes :math:`\beta_1 m + (1 - \beta_1) u` for :math:`m`, as
+        in ``optax.adam``.
       bias_correction: correct the second moment, the momentum of the update and the
         instability for their start at zero.
       update_clipping_threshold: largest root mean square of a leaf's final update; > 0,
@@ -74,6 +77,7 @@ def scale_by_came(
             eps2,
             update_clipping_threshold,
             mu_dtype=mu_dtype,
+            nesterov=nesterov,
             bias_correction=bias_correction,
         ),
         factoring=factoring,
@@ -94,6 +98,7 @@ def came(
     *,
     factoring: FactoringRule = LastTwoAxes(),
     mu_dtype: str = "float32",
+    nesterov: bool = False,
     bias_correction: bool = False,
     update_clipping_threshold: jax.typing.ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -144,6 +149,8 @@ def came(
       mu_dtype: how momentum is stored: ``"float32"`` (float64 for float64 parameters),
         ``"bfloat16"``, ``"int8"`` or ``"int4"``; in 8 and 4 bits with a scale for each
         row and column, and float32 in leaves of fewer than 4096 elements.
+      nesterov: the update takes :math:`\beta_1 m + (1 - \beta_1) u` for :math:`m`, as
+        in ``optax.adam``.
       bias_correction: correct the second moment, the momentum of the update and the
         instability for their start at zero.
       update_clipping_threshold: largest root mean square of a leaf's final update,
@@ -183,6 +190,7 @@ def came(
         clipping_threshold,
         factoring=factoring,
         mu_dtype=mu_dtype,
+        nesterov=nesterov,
         bias_correction=bias_correction,
         update_clipping_threshold=update_clipping_threshold,
     )
@@ -198,6 +206,45 @@ def came(
         optax.scale_by_learning_rate(learning_rate),
     )
     return in_full_precision(inner)
+
+
+def steady_came(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.95,
+    b3: jax.typing.ArrayLike = 0.9999,
+    eps1: jax.typing.ArrayLike = 1e-30,
+    eps2: jax.typing.ArrayLike = 0.1,
+    clipping_threshold: jax.typing.ArrayLike | None = 1.0,
+    weight_decay: float | jax.Array = 0.0,
+    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
+    *,
+    factoring: FactoringRule = LastTwoAxes(),
+    mu_dtype: str = "float32",
+    nesterov: bool = True,
+    bias_correction: bool = True,
+    update_clipping_threshold: jax.typing.ArrayLike | None = 1.0,
+) -> optax.GradientTransformationExtraArgs:
+    r""":func:`came` with the defaults that this package recommends.
+
+    At AdamW's learning rate, on half of its state. All arguments are :func:`came`'s.
+    """
+    return came(
+        learning_rate,
+        b1,
+        b2,
+        b3,
+        eps1,
+        eps2,
+        clipping_threshold,
+        weight_decay,
+        weight_decay_mask,
+        factoring=factoring,
+        mu_dtype=mu_dtype,
+        nesterov=nesterov,
+        bias_correction=bias_correction,
+        update_clipping_threshold=update_clipping_threshold,
+    )
 
 
 def _checked_mask(mask: Any) -> Callable[[Any], Any] | None:

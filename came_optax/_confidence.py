@@ -53,6 +53,7 @@ def scale_by_confidence(
     *,
     factoring: FactoringRule = LastTwoAxes(),
     mu_dtype: str = "float32",
+    nesterov: bool = False,
     bias_correction: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces updates by their momentum, scaled by the confidence in it.
@@ -81,6 +82,8 @@ def scale_by_confidence(
         stores it uses the unrounded momentum. Integers are codes with a scale for each
         row and column; leaves of fewer than 4096 elements stay float32, and complex
         momentum complex.
+      nesterov: look one step ahead: the update takes
+        :math:`\beta_1 m + (1 - \beta_1) u` for :math:`m`.
       bias_correction: divide the instability by :math:`1 - \beta_3^t` and the momentum
         in the update by :math:`1 - \beta_1^t`. The residual :math:`u - m` keeps the
         uncorrected momentum: with the corrected one it would be 0 at the first step.
@@ -107,7 +110,13 @@ def scale_by_confidence(
       Luo et al., `CAME <https://arxiv.org/abs/2307.02047>`_, 2023.
     """
     part = confidence(
-        b1, b3, eps2, None, mu_dtype=mu_dtype, bias_correction=bias_correction
+        b1,
+        b3,
+        eps2,
+        None,
+        mu_dtype=mu_dtype,
+        nesterov=nesterov,
+        bias_correction=bias_correction,
     )
     return transformation(part, factoring)
 
@@ -119,12 +128,14 @@ def confidence(
     clipping_threshold: jax.typing.ArrayLike | None,
     *,
     mu_dtype: str,
+    nesterov: bool,
     bias_correction: bool,
 ) -> Leafwise:
     """:func:`scale_by_confidence`, then a clip by RMS, of each leaf."""
     check_decay("b1", b1)
     check_decay("b3", b3)
     check_epsilon("eps2", eps2)
+    check_flag("nesterov", nesterov)
     check_flag("bias_correction", bias_correction)
     momentum.check_dtype(mu_dtype)
     b1, b3 = jnp.asarray(b1, jnp.float32), jnp.asarray(b3, jnp.float32)
@@ -165,6 +176,7 @@ def confidence(
             clipping_threshold=clipping_threshold,
             axes=axes,
             mu_dtype=mu_dtype,
+            nesterov=nesterov,
         )
         return delta.astype(u.dtype), (*stored, s_row, s_col), turn
 
@@ -172,7 +184,9 @@ def confidence(
 
 
 # Inlined, as XLA:GPU fuses what was a call differently, and moves more memory.
-@functools.partial(jax.jit, static_argnames=("axes", "mu_dtype"), inline=True)
+@functools.partial(
+    jax.jit, static_argnames=("axes", "mu_dtype", "nesterov"), inline=True
+)
 def _update_leaf(
     u: jax.Array,
     stored: momentum.Stored,
@@ -187,6 +201,7 @@ def _update_leaf(
     clipping_threshold: jax.typing.ArrayLike | None,
     axes: FactoredAxes,
     mu_dtype: str,
+    nesterov: bool,
 ) -> tuple[jax.Array, momentum.Stored, jax.Array, jax.Array, jax.Array]:
     """Returns one leaf's update, state and turn; traced once for each shape.
 
@@ -203,6 +218,7 @@ def _update_leaf(
       clipping_threshold: largest root mean square of the result, or None.
       axes: the leaf's axes.
       mu_dtype: how momentum is stored.
+      nesterov: whether the update looks one step ahead.
     """
     if axes.factored and momentum.is_quantized(u, mu_dtype):
         # Not before the leaf's second moment: all leaves' codes would be too many.
@@ -222,17 +238,27 @@ def _update_leaf(
     else:
         m = stats.moving_average(old_m, u, b1)
 
-    def confident(m: jax.Array, *s: jax.Array) -> jax.Array:
-        delta = stats.divide_by_root(m, s, axes) if axes.factored else m
-        if count is not None:  # delta is of order m s^(-1/2).
-            scale = 1 / stats.one_minus_power(b1, count)
-            if axes.factored:
-                scale *= jnp.sqrt(stats.one_minus_power(b3, count))
-            delta = delta * scale.astype(delta.dtype)
+    def confident(m: jax.Array, u: jax.Array, *s: jax.Array) -> jax.Array:
+        of_m, of_u = (b1, 1 - b1) if nesterov else (jnp.ones_like(b1), b1)
+        if count is not None:
+            of_m = of_m / stats.one_minus_power(b1, count + int(nesterov))
+            of_u = of_u / stats.one_minus_power(b1, count)
+        delta = of_m.astype(m.dtype) * m
+        if nesterov:
+            delta += of_u.astype(m.dtype) * u
+        if axes.factored:
+            # Without momentum u - m is 0, and says nothing.
+            s = tuple(jnp.where(b1 > 0, x, 1) for x in s)
+            delta = stats.divide_by_root(delta, s, axes)
+            if count is not None:
+                scale = jnp.sqrt(stats.one_minus_power(b3, count))
+                delta *= jnp.where(b1 > 0, scale, 1).astype(delta.dtype)
         return delta
 
     instability = (s_row, s_col) if axes.factored else ()
-    delta = clipped_by_leaf_rms(confident, (m, *instability), axes, clipping_threshold)
+    delta = clipped_by_leaf_rms(
+        confident, (m, u, *instability), axes, clipping_threshold
+    )
     stored = momentum.store(m, old_m, u, b1, stored, axes, mu_dtype)
     if axes.factored:
         turn = stats.turn_after(s_row, stored.mu_row)
