@@ -24,9 +24,9 @@ from measuring import ROOT, output
 from measuring.compiled_steps import CHIPS, OPTIMIZERS, Results, compile_step, one_chip
 
 from came_optax import memory, state_memory
+from compiling.topologies import Target
 from pretraining.models import gpt2
 from pretraining.task import Task, with_param_dtype
-from pretraining.topologies import Target
 
 FOLDER = ROOT / "docs" / "results" / "memory"
 PARAM_DTYPES = ("float32", "bfloat16")

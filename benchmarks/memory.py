@@ -19,7 +19,7 @@ from measuring.compiled_steps import CHIPS, OPTIMIZERS, Results, compile_step, o
 
 from came_optax import memory, state_memory
 from compile_for import make_task
-from pretraining.topologies import GIB
+from compiling.topologies import GIB
 
 FOLDER = ROOT / "docs" / "results" / "memory"
 STATES = ("bert-large", "bert-4b", "gpt2-medium")

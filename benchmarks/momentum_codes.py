@@ -24,10 +24,14 @@ from flax import nnx
 from measuring import ROOT, output
 
 from pretrain_gpt2 import ModelOptions, make_task
-from pretraining import corpus, pipeline
-from pretraining.optimizers import OptimizerOptions, make_optimizer, make_schedule
-from pretraining.step import merge
+from pretraining.data import corpus, pipeline
 from pretraining.task import Task
+from pretraining.training.optimizers import (
+    OptimizerOptions,
+    make_optimizer,
+    make_schedule,
+)
+from pretraining.training.step import merge
 
 FOLDER = ROOT / "docs" / "results" / "momentum-codes"
 STEPS, BATCH_SIZE, VALIDATION_BATCHES = 300, 8, 48

@@ -22,10 +22,10 @@ from measuring import hlo, output, updates
 from measuring.chips import CHIPS, target
 from update import time_in_turn
 
-from pretraining import devices
 from pretraining.models import gpt2
-from pretraining.step import make_init, make_train_step, state_shapes
 from pretraining.task import Task
+from pretraining.training import devices
+from pretraining.training.step import make_init, make_train_step, state_shapes
 
 OPTIMIZERS = ("AdamW", "CAME, float32", "CAME, int8")
 

@@ -30,12 +30,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from measuring import ROOT, output
 
 from came_optax import LastTwoAxes, Stacked, came, state_sharding
-from pretraining import devices, topologies
-from pretraining.ahead_of_time import bytes_per_chip, compile_step
+from compiling import topologies
+from compiling.ahead_of_time import bytes_per_chip, compile_step
+from compiling.topologies import GIB
 from pretraining.models.gpt2 import GPT2, Block, GPT2Config
-from pretraining.sharding import make_gather, param_shardings
-from pretraining.step import TrainState
-from pretraining.topologies import GIB
+from pretraining.training import devices
+from pretraining.training.sharding import make_gather, param_shardings
+from pretraining.training.step import TrainState
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -16,19 +16,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pretraining import cli, corpus
-from pretraining.comparison import runs, search
-from pretraining.comparison.figures import draw
-from pretraining.comparison.methods import (
+from comparing import runs, search
+from comparing.figures import draw
+from comparing.methods import (
     AS_RECOMMENDED,
     COMPARISON,
     METHODS,
     STORAGE,
     STUDY,
 )
-from pretraining.comparison.summary import summarize
-from pretraining.comparison.table import make_tables
-from pretraining.comparison.trainer import Settings, Trainer
+from comparing.summary import summarize
+from comparing.table import make_tables
+from comparing.trainer import Settings, Trainer
+from pretraining import cli
+from pretraining.data import corpus
 from pretraining.errors import UserError
 from pretraining.files import write_atomically
 from pretraining.options import option, positive_int

@@ -18,12 +18,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pretraining import ahead_of_time, cli, devices, topologies
+from compiling import ahead_of_time, topologies
+from pretraining import cli
 from pretraining.errors import UserError
 from pretraining.models import bert, gpt2, t5
-from pretraining.optimizers import OptimizerOptions, make_optimizer, make_schedule
 from pretraining.options import option, positive_int
 from pretraining.task import Task, with_param_dtype
+from pretraining.training import devices
+from pretraining.training.optimizers import (
+    OptimizerOptions,
+    make_optimizer,
+    make_schedule,
+)
 
 SIZES = {"gpt2": gpt2.SIZES, "bert": bert.SIZES, "t5": t5.SIZES}
 

@@ -19,15 +19,16 @@ from pathlib import Path
 
 from flax import nnx
 
-from pretraining import cli, hugging_face, labelled
-from pretraining.devices import compute_dtype
+from pretraining import cli
+from pretraining.data import labelled
+from pretraining.data.labelled import Examples, LabelledTextOptions
 from pretraining.errors import UserError
-from pretraining.labelled import Examples, LabelledTextOptions
-from pretraining.models import classifier
-from pretraining.optimizers import RECOMMENDED, OptimizerOptions
+from pretraining.models import classifier, hugging_face
 from pretraining.options import decay_rate, option
 from pretraining.task import Task
-from pretraining.training import Trainer, TrainingOptions
+from pretraining.training.devices import compute_dtype
+from pretraining.training.optimizers import RECOMMENDED, OptimizerOptions
+from pretraining.training.trainer import Trainer, TrainingOptions
 
 
 @dataclasses.dataclass(frozen=True)

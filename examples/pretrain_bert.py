@@ -13,15 +13,16 @@ Union addresses. On two CPU cores it takes a minute and ends with 49 % of them r
 
 import dataclasses
 
-from pretraining import baselines, cli, corpus, hugging_face, tokenization
-from pretraining.devices import compute_dtype
-from pretraining.masking import SEP, Masking
-from pretraining.models import bert
-from pretraining.optimizers import RECOMMENDED, OptimizerOptions
+from pretraining import cli
+from pretraining.data import baselines, corpus, tokenization
+from pretraining.data.masking import SEP, Masking
+from pretraining.data.pipeline import Windows
+from pretraining.models import bert, hugging_face
 from pretraining.options import option, positive_int
-from pretraining.pipeline import Windows
 from pretraining.task import Task
-from pretraining.training import Trainer, TrainingOptions
+from pretraining.training.devices import compute_dtype
+from pretraining.training.optimizers import RECOMMENDED, OptimizerOptions
+from pretraining.training.trainer import Trainer, TrainingOptions
 
 
 @dataclasses.dataclass(frozen=True)

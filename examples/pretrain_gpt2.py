@@ -15,21 +15,15 @@ import dataclasses
 
 from tokenizers import Tokenizer
 
-from pretraining import (
-    baselines,
-    cli,
-    corpus,
-    hugging_face,
-    sampling,
-    tokenization,
-)
-from pretraining.devices import compute_dtype
-from pretraining.models import gpt2
-from pretraining.optimizers import OptimizerOptions
+from pretraining import cli
+from pretraining.data import baselines, corpus, tokenization
+from pretraining.data.pipeline import Windows
+from pretraining.models import gpt2, hugging_face, sampling
 from pretraining.options import option, positive_int
-from pretraining.pipeline import Windows
 from pretraining.task import Task
-from pretraining.training import Trainer, TrainingOptions
+from pretraining.training.devices import compute_dtype
+from pretraining.training.optimizers import OptimizerOptions
+from pretraining.training.trainer import Trainer, TrainingOptions
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,15 +16,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pretraining import baselines, cli, corpus, hugging_face, tokenization
-from pretraining.devices import compute_dtype
-from pretraining.models import t5
-from pretraining.optimizers import OptimizerOptions
+from pretraining import cli
+from pretraining.data import baselines, corpus, tokenization
+from pretraining.data.pipeline import Windows
+from pretraining.data.span_corruption import END, SpanCorruption
+from pretraining.models import hugging_face, t5
 from pretraining.options import option, positive_int
-from pretraining.pipeline import Windows
-from pretraining.span_corruption import END, SpanCorruption
 from pretraining.task import Record, Task
-from pretraining.training import Trainer, TrainingOptions
+from pretraining.training.devices import compute_dtype
+from pretraining.training.optimizers import OptimizerOptions
+from pretraining.training.trainer import Trainer, TrainingOptions
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from compiling import ahead_of_time, topologies
 from measuring import chips, updates
-from pretraining import ahead_of_time, devices, topologies
 from pretraining.task import Task
+from pretraining.training import devices
 
 CHIPS = ("v5e", "v5p", "h100")
 OPTIMIZERS = {k: make for k, make in updates.OPTIMIZERS.items() if k != "Adafactor"}

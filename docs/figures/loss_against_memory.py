@@ -16,7 +16,7 @@ from dynamics import STYLE
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
-from pretraining.comparison.summary import summarize  # noqa: E402
+from comparing.summary import summarize  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results" / "gpt2-nano"
 # Marker, and where the label stands, in points from the marker.

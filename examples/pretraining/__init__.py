@@ -1,1 +1,5 @@
-"""What the pretraining examples share, one idea a module; private to the examples."""
+"""What the training examples share: `data`, `models` and `training`.
+
+`task.Task` is what joins the three: a model, its loss and its data. Private to the
+examples.
+"""

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pretraining import runs
-from pretraining.devices import connect, first_says
 from pretraining.errors import Interrupted, UserError
+from pretraining.training import runs
+from pretraining.training.devices import connect, first_says
 
 
 def parse(
@@ -36,7 +36,7 @@ def parse(
     parser = _make_parser(document, groups, defaults or {})
     args = parser.parse_args(argv)
     if args.resume:
-        from pretraining.checkpoints import Checkpoints  # Slow to import.
+        from pretraining.training.checkpoints import Checkpoints  # Slow to import.
 
         output = Path(args.output or runs.latest(name))
         runs.prepare(output, resume=True)

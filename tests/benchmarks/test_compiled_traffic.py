@@ -15,7 +15,7 @@ pytestmark = pytest.mark.tpu
 def v5e():
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed; it comes with the `tpu` extra")
-    from pretraining.topologies import target
+    from compiling.topologies import target
 
     return target("v5e:2x2").devices[0]
 

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pretraining.checkpoints import Checkpoints
 from pretraining.errors import UserError
-from pretraining.step import TrainState
+from pretraining.training.checkpoints import Checkpoints
+from pretraining.training.step import TrainState
 
 
 def make_state(step: int, width: int = 3, dtype: str = "float32") -> TrainState:

@@ -11,18 +11,23 @@ from flax import nnx
 
 import compare_optimizers
 from came_optax import state_memory
-from pretraining import devices, pipeline, step
-from pretraining.comparison import runs, search
-from pretraining.comparison.methods import METHODS
-from pretraining.comparison.runs import Run
-from pretraining.comparison.summary import Summary, summarize
-from pretraining.comparison.table import make_tables
-from pretraining.comparison.trainer import Settings, Trainer, record_largest_update
+from comparing import runs, search
+from comparing.methods import METHODS
+from comparing.runs import Run
+from comparing.summary import Summary, summarize
+from comparing.table import make_tables
+from comparing.trainer import Settings, Trainer, record_largest_update
+from pretraining.data import pipeline
+from pretraining.data.pipeline import Windows
 from pretraining.errors import UserError
 from pretraining.models import gpt2
-from pretraining.optimizers import OptimizerOptions, make_optimizer, make_schedule
-from pretraining.pipeline import Windows
 from pretraining.task import Task
+from pretraining.training import devices, step
+from pretraining.training.optimizers import (
+    OptimizerOptions,
+    make_optimizer,
+    make_schedule,
+)
 
 SETTINGS = Settings(20, 8, evaluations=2, eval_batches=1, log_every=10)
 

@@ -7,12 +7,17 @@ import jax
 import pytest
 
 import compile_for
-from pretraining import ahead_of_time, devices, topologies
-from pretraining.ahead_of_time import Report, needed_and_available
-from pretraining.collectives import Collective, collectives
+from compiling import ahead_of_time, topologies
+from compiling.ahead_of_time import Report, needed_and_available
+from compiling.collectives import Collective, collectives
+from compiling.topologies import GIB
 from pretraining.errors import UserError
-from pretraining.optimizers import OptimizerOptions, make_optimizer, make_schedule
-from pretraining.topologies import GIB
+from pretraining.training import devices
+from pretraining.training.optimizers import (
+    OptimizerOptions,
+    make_optimizer,
+    make_schedule,
+)
 
 LOOP = """\
 HloModule step

@@ -12,9 +12,8 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from pretraining import hugging_face
 from pretraining.errors import UserError
-from pretraining.models import bert, gpt2, t5
+from pretraining.models import bert, gpt2, hugging_face, t5
 
 BERT = bert.BERTConfig(
     vocab_size=11,

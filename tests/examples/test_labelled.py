@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pretraining import labelled, tokenization
+from pretraining.data import labelled, tokenization
+from pretraining.data.labelled import Examples, Labelled, LabelledTextOptions
 from pretraining.errors import UserError
-from pretraining.labelled import Examples, Labelled, LabelledTextOptions
 
 ROWS = [Labelled(f"Sentence {i} of many", "ab"[i % 2]) for i in range(400)]
 

@@ -12,10 +12,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from came_optax import came
-from pretraining import devices, step
 from pretraining.errors import UserError
 from pretraining.models import bert, gpt2, t5
 from pretraining.task import Task
+from pretraining.training import devices, step
 
 BATCH_SIZE, LENGTH, VOCABULARY = 16, 8, 24
 

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from pretraining import pipeline
-from pretraining.pipeline import Windows
+from pretraining.data import pipeline
+from pretraining.data.pipeline import Windows
 from pretraining.task import Task
 
 TOKENS = np.arange(81, dtype=np.uint16)

@@ -13,7 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 import pytest
 
-from pretraining import metrics
+from pretraining.training import metrics
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "pretrain_gpt2.py"

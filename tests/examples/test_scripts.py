@@ -15,8 +15,9 @@ from flax import nnx
 import finetune_classifier
 import pretrain_bert
 import pretrain_t5
-from pretraining import cli, hugging_face, tokenization
-from pretraining.models import bert, t5
+from pretraining import cli
+from pretraining.data import tokenization
+from pretraining.models import bert, hugging_face, t5
 
 SCRIPTS = {
     "bert": (pretrain_bert, ["--text=text.txt", "--size=small", "--seq-len=16"]),

@@ -8,16 +8,16 @@ import optax
 import pytest
 from flax import nnx
 
-from pretraining import devices, step
 from pretraining.errors import UserError
 from pretraining.models import gpt2
-from pretraining.optimizers import (
+from pretraining.task import Task
+from pretraining.training import devices, step
+from pretraining.training.optimizers import (
     OptimizerOptions,
     decay_mask,
     make_optimizer,
     make_schedule,
 )
-from pretraining.task import Task
 
 CONFIG = gpt2.GPT2Config(vocab_size=13, n_positions=8, n_embd=12, n_layer=1, n_head=3)
 TASK = Task(

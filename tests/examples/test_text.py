@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pretraining import baselines, corpus, tokenization
-from pretraining.corpus import TextOptions
+from pretraining.data import baselines, corpus, tokenization
+from pretraining.data.corpus import TextOptions
 from pretraining.errors import UserError
 
 DOCUMENTS = [f"This is document {i}, and it says {i * i}." for i in range(300)]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pretraining import masking, span_corruption, tokenization
+from pretraining.data import masking, span_corruption, tokenization
 from pretraining.errors import UserError
 
 DOCUMENTS = [f"This is document {i}, and it says\n{i * i}." for i in range(300)]

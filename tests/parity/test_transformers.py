@@ -17,9 +17,8 @@ import torch
 import transformers
 from flax import nnx
 
-from pretraining import hugging_face
 from pretraining.errors import UserError
-from pretraining.models import bert, gpt2, t5
+from pretraining.models import bert, gpt2, hugging_face, t5
 
 pytestmark = pytest.mark.parity
 

@@ -12,10 +12,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from came_optax import BalancedSplit, came, state_sharding
-from pretraining.collectives import collectives
-from pretraining.devices import make_mesh
+from compiling.collectives import collectives
 from pretraining.models.gpt2 import GPT2, SIZES
-from pretraining.sharding import param_shardings
+from pretraining.training.devices import make_mesh
+from pretraining.training.sharding import param_shardings
 
 
 def gpt2_shapes(layers, width):

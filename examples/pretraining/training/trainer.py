@@ -14,18 +14,23 @@ import numpy as np
 import optax
 
 from came_optax import state_memory
-from pretraining import devices, metrics, pipeline, plots, runs
-from pretraining.checkpoints import Checkpoints
+from pretraining.data import pipeline
 from pretraining.errors import Diverged, Interrupted, UserError
 from pretraining.files import write_atomically
-from pretraining.interrupts import InterruptRequest
-from pretraining.optimizers import OptimizerOptions, make_optimizer, make_schedule
 from pretraining.options import option, positive_int
-from pretraining.progress import Progress, Throughput
-from pretraining.runs import RunOptions
-from pretraining.step import make_eval_step, make_init, make_train_step, merge
-from pretraining.summary import Result
 from pretraining.task import Record, Task, with_param_dtype
+from pretraining.training import devices, metrics, plots, runs
+from pretraining.training.checkpoints import Checkpoints
+from pretraining.training.interrupts import InterruptRequest
+from pretraining.training.optimizers import (
+    OptimizerOptions,
+    make_optimizer,
+    make_schedule,
+)
+from pretraining.training.progress import Progress, Throughput
+from pretraining.training.runs import RunOptions
+from pretraining.training.step import make_eval_step, make_init, make_train_step, merge
+from pretraining.training.summary import Result
 
 
 @dataclasses.dataclass(frozen=True)

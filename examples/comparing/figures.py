@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from pretraining.comparison.summary import Summary
+from comparing.summary import Summary
 
 _MARKERS = "osD^v<>PX*hp"
 _LINES = ("-", "--", "-.", ":")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from pretraining import corpus, masking
+from pretraining.data import corpus, masking
 from pretraining.errors import UserError
 from pretraining.options import option
 from pretraining.task import Record

@@ -9,7 +9,7 @@ import numpy as np
 import tokenizers
 from tokenizers import Tokenizer
 
-from pretraining import masking, span_corruption
+from pretraining.data import masking, span_corruption
 from pretraining.errors import UserError
 from pretraining.files import write_atomically
 

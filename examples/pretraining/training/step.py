@@ -11,9 +11,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from came_optax import state_sharding, stochastic_apply_updates
-from pretraining import devices
-from pretraining.sharding import make_gather, param_shardings
 from pretraining.task import Batch, Mean, Task
+from pretraining.training import devices
+from pretraining.training.sharding import make_gather, param_shardings
 
 Params = Any
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from pretraining.comparison.summary import Summary, best_of
+from comparing.summary import Summary, best_of
 
 # In a second table, which keeps the first one as wide as a page.
 DETAILS = (

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from pretraining.optimizers import RECOMMENDED, OptimizerOptions
+from pretraining.training.optimizers import RECOMMENDED, OptimizerOptions
 
 
 @dataclasses.dataclass(frozen=True)

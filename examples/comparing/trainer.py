@@ -14,17 +14,22 @@ import optax
 from flax import nnx
 
 from came_optax import state_memory
-from pretraining import devices, pipeline
-from pretraining.comparison.methods import Method
-from pretraining.comparison.runs import Run
-from pretraining.optimizers import OptimizerOptions, make_optimizer, make_schedule
-from pretraining.step import (
+from comparing.methods import Method
+from comparing.runs import Run
+from pretraining.data import pipeline
+from pretraining.task import Task, with_param_dtype
+from pretraining.training import devices
+from pretraining.training.optimizers import (
+    OptimizerOptions,
+    make_optimizer,
+    make_schedule,
+)
+from pretraining.training.step import (
     TrainState,
     make_eval_step,
     make_train_step,
     state_shardings,
 )
-from pretraining.task import Task, with_param_dtype
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from pretraining.errors import UserError
-from pretraining.step import TrainState
+from pretraining.training.step import TrainState
 
 
 class Checkpoints:

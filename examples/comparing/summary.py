@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pretraining.comparison import runs, search
-from pretraining.comparison.methods import METHODS
-from pretraining.comparison.runs import Run
+from comparing import runs, search
+from comparing.methods import METHODS
+from comparing.runs import Run
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,10 +18,10 @@ import safetensors.numpy
 from flax import nnx
 from tokenizers import Tokenizer
 
-from pretraining.devices import is_first_process
 from pretraining.errors import UserError
 from pretraining.files import write_atomically
 from pretraining.models import bert, gpt2, t5
+from pretraining.training.devices import is_first_process
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,11 +12,11 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from pretraining import devices
-from pretraining.collectives import Collective, collectives
-from pretraining.step import TrainState, make_train_step, state_shapes
+from compiling.collectives import Collective, collectives
+from compiling.topologies import GIB, Target
 from pretraining.task import Task
-from pretraining.topologies import GIB, Target
+from pretraining.training import devices
+from pretraining.training.step import TrainState, make_train_step, state_shapes
 
 # What a TPU's compiler says when it gives up before and after it has placed buffers.
 EXCEEDS = re.compile(

@@ -1,0 +1,1 @@
+"""What compile_for.py is made of: chips to compile for, and reading the result."""

@@ -1,0 +1,1 @@
+"""From text to batches: corpora, vocabularies, what a task hides, the pipeline."""
