@@ -8,6 +8,7 @@ from came_optax._factored_moment import (
 )
 from came_optax._factoring import (
     BalancedSplit,
+    ByPath,
     FactoredAxes,
     FactoringRule,
     LargestTwoAxes,
@@ -21,6 +22,7 @@ from came_optax._version import __version__
 
 __all__ = [
     "BalancedSplit",
+    "ByPath",
     "FactoredAxes",
     "FactoringRule",
     "LargestTwoAxes",

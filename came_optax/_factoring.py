@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from came_optax._checks import KeyPath, Shape, path_name
+from came_optax._literals import parse_repr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +100,7 @@ class LargestTwoAxes:
                 "LargestTwoAxes(min_dim_size=...) must be an int >= 1, got "
                 f"{self.min_dim_size!r}"
             )
+        _set(self, min_dim_size=int(self.min_dim_size))
 
     def axes(self, path: KeyPath, shape: Shape) -> FactoredAxes | None:
         """See :class:`FactoringRule`."""
@@ -138,7 +141,7 @@ class BalancedSplit:
         return FactoredAxes(axes[:split], axes[split:])
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, init=False)
 class Stacked:
     """Applies ``rule`` to each slice of leaves that stack independent parameters.
 
@@ -157,21 +160,20 @@ class Stacked:
       FactoredAxes(row=(1,), col=(2,), stack=(0,))
     """
 
-    rule: FactoringRule = LastTwoAxes()
-    axis: int = 0
-    where: str = ""
+    rule: FactoringRule
+    axis: int
+    where: str
 
-    def __post_init__(self) -> None:
-        check_factoring(self.rule, "Stacked(rule=...)")
-        if not _is_int(self.axis):
-            raise TypeError(f"Stacked(axis=...) must be an int, got {self.axis!r}")
-        try:
-            re.compile(self.where)
-        except (re.error, TypeError) as error:
-            raise ValueError(
-                f"Stacked(where=...) must be a regular expression, got "
-                f"{self.where!r}: {error}"
-            ) from error
+    def __init__(
+        self,
+        rule: FactoringRule | str = LastTwoAxes(),
+        axis: int = 0,
+        where: str = "",
+    ) -> None:
+        if not _is_int(axis):
+            raise TypeError(f"Stacked(axis=...) must be an int, got {axis!r}")
+        _check_regex(where, "Stacked(where=...)")
+        _set(self, rule=as_rule(rule, "Stacked(rule=...)"), axis=int(axis), where=where)
 
     def axes(self, path: KeyPath, shape: Shape) -> FactoredAxes | None:
         """See :class:`FactoringRule`."""
@@ -195,8 +197,94 @@ class Stacked:
         )
 
 
+@dataclasses.dataclass(frozen=True, init=False, repr=False)
+class ByPath:
+    """Applies to each leaf the first rule whose regular expression its path matches.
+
+    For leaves whose shapes don't tell which matrices they are, such as Gemma's
+    projections ``(heads, d, head_dim)``, which are ``(d | heads * head_dim)``.
+
+    Attributes:
+      rules: pairs of a regular expression, searched in the leaf's path written as
+        ``"params/blocks/kernel"``, and a rule, or the axes themselves.
+        ``FactoredAxes()`` leaves a leaf unfactored. Pass them as a dict.
+      default: the rule for leaves that none of them matches.
+
+    Example:
+      >>> rule = ByPath({"q_einsum": FactoredAxes(row=(1,), col=(0, 2))})
+      >>> rule.axes((jax.tree_util.DictKey("q_einsum"),), (8, 2048, 256))
+      FactoredAxes(row=(1,), col=(0, 2), stack=())
+    """
+
+    rules: tuple[tuple[str, FactoringRule | FactoredAxes], ...]
+    default: FactoringRule
+
+    def __init__(
+        self,
+        rules: Mapping[str, FactoringRule | FactoredAxes | str]
+        | Iterable[tuple[str, FactoringRule | FactoredAxes | str]],
+        default: FactoringRule | str = LastTwoAxes(),
+    ) -> None:
+        try:
+            given = dict(rules)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                "ByPath(rules=...) must be a dict from regular expressions to rules or "
+                f"FactoredAxes, got {rules!r}"
+            ) from error
+        pairs: list[tuple[str, FactoringRule | FactoredAxes]] = []
+        for pattern, rule in given.items():
+            _check_regex(pattern, "ByPath(rules=...): each key")
+            name = f"ByPath(rules=...) at {pattern!r}"
+            if isinstance(rule, FactoredAxes):
+                pairs.append((pattern, _plain(rule, name)))
+            else:
+                pairs.append((pattern, as_rule(rule, name)))
+        default = as_rule(default, "ByPath(default=...)")
+        _set(self, rules=tuple(pairs), default=default)
+
+    def __repr__(self) -> str:
+        return f"ByPath({dict(self.rules)!r}, default={self.default!r})"
+
+    def axes(self, path: KeyPath, shape: Shape) -> FactoredAxes | None:
+        """See :class:`FactoringRule`."""
+        name = path_name(path)
+        for pattern, rule in self.rules:
+            if re.search(pattern, name):
+                return (
+                    rule if isinstance(rule, FactoredAxes) else rule.axes(path, shape)
+                )
+        return self.default.axes(path, shape)
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _plain(axes: FactoredAxes, name: str) -> FactoredAxes:
+    """Returns the same axes in tuples of ints, which have a hash and a short repr."""
+    fields = (axes.row, axes.col, axes.stack)
+    if not all(isinstance(some, tuple) and all(map(_is_int, some)) for some in fields):
+        raise TypeError(
+            f"{name}: row, col and stack must be tuples of ints, got {axes}"
+        )
+    return FactoredAxes(*(tuple(map(int, some)) for some in fields))
+
+
+def _check_regex(pattern: Any, name: str) -> None:
+    must_be = f"{name} must be a regular expression, got {pattern!r}"
+    if not isinstance(pattern, str):
+        raise ValueError(must_be)
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{must_be}: {error}") from error
+
+
+def _set(instance: Any, **fields: Any) -> None:
+    """Sets fields of a frozen dataclass, in its ``__init__``."""
+    for name, value in fields.items():
+        object.__setattr__(instance, name, value)
 
 
 def checked_axes(
@@ -226,13 +314,34 @@ def checked_axes(
     return FactoredAxes(from_zero(axes.row), from_zero(axes.col), from_zero(axes.stack))
 
 
-def check_factoring(rule: Any, name: str = "factoring") -> None:
-    """Raises unless ``rule`` is a factoring rule."""
-    if isinstance(rule, type) or not isinstance(rule, FactoringRule):
+def as_rule(rule: Any, name: str = "factoring") -> FactoringRule:
+    """Returns a factoring rule, which may be given as its own ``repr``.
+
+    Args:
+      rule: a rule, or a string such as ``"Stacked(BalancedSplit(), axis=1)"``, which is
+        what command lines and configuration files can hold.
+      name: the argument, for errors.
+    """
+    given = parse_repr(rule, _CLASSES, name) if isinstance(rule, str) else rule
+    if isinstance(given, type) or not isinstance(given, FactoringRule):
         raise TypeError(
-            f"{name} must be an object with a method axes(path, shape), such as "
-            f"LastTwoAxes(), got {rule!r}"
+            f"{name} must be the repr of a rule of came_optax, or an object with a "
+            f"method axes(path, shape), such as LastTwoAxes(), got {rule!r}"
         )
+    return given
+
+
+_CLASSES = {
+    cls.__name__: cls
+    for cls in (
+        LastTwoAxes,
+        LargestTwoAxes,
+        BalancedSplit,
+        Stacked,
+        ByPath,
+        FactoredAxes,
+    )
+}
 
 
 def factored_axes(rule: FactoringRule, tree: Any) -> Any:

@@ -12,7 +12,7 @@ from came_optax._checks import check_inexact, check_same_leaves, check_state
 from came_optax._factoring import (
     FactoredAxes,
     FactoringRule,
-    check_factoring,
+    as_rule,
     factored_axes,
 )
 
@@ -68,7 +68,7 @@ def chained(
     CPU's cache before the second. The state is what it would be with an
     ``optax.identity`` after each part, as checkpoints have it.
     """
-    check_factoring(factoring)
+    factoring = as_rule(factoring)
 
     def init_fn(params: optax.Params) -> tuple[Any, ...]:
         check_inexact("params", params)

@@ -11,6 +11,7 @@ import pytest
 
 from came_optax import (
     BalancedSplit,
+    ByPath,
     FactoredAxes,
     FactoringRule,
     LargestTwoAxes,
@@ -20,6 +21,7 @@ from came_optax import (
     scale_by_confidence,
     scale_by_factored_moment,
 )
+from came_optax._factoring import factored_axes
 
 
 @pytest.mark.parametrize(
@@ -92,6 +94,77 @@ def test_where_is_searched_in_the_path() -> None:
     state = scale_by_factored_moment(factoring=rule).init(params)
     shapes = jax.tree.map(jnp.shape, state.v_row)
     assert shapes == {"blocks": {"kernel": (2, 3), "bias": (2,)}, "kernel": (2,)}
+
+
+def test_the_first_expression_that_matches_says():
+    rule = ByPath(
+        {
+            "q_einsum": FactoredAxes(row=(1,), col=(0, 2)),
+            "^embedder/": FactoredAxes(),
+            "einsum$": Stacked(LastTwoAxes()),
+        },
+        default=BalancedSplit(),
+    )
+    shapes = {
+        "embedder": {"input_embedding": (64, 8)},
+        "layer": {
+            "q_einsum": (4, 8, 6),
+            "kv_einsum": (2, 4, 8, 6),
+            "attn_vec_einsum": (4, 6, 8),
+            "gating": (2, 8, 32),
+        },
+    }
+    params = jax.tree.map(jnp.ones, shapes, is_leaf=lambda x: isinstance(x, tuple))
+    assert factored_axes(rule, params) == {
+        "embedder": {"input_embedding": FactoredAxes()},
+        "layer": {
+            "q_einsum": FactoredAxes((1,), (0, 2)),
+            "kv_einsum": FactoredAxes((2,), (3,), stack=(0,)),
+            "attn_vec_einsum": FactoredAxes((1,), (2,), stack=(0,)),
+            "gating": FactoredAxes((0, 1), (2,)),
+        },
+    }
+
+
+def gemma_query(mu_dtype):
+    """The updates of a kernel (heads, d, head_dim), and of the matrix that it is."""
+    kernel = jax.random.normal(jax.random.key(0), (16, 32, 24))
+    matrix = jnp.moveaxis(kernel, 1, 0).reshape(32, 16 * 24)
+    by_path = ByPath({"q_einsum": FactoredAxes(row=(1,), col=(0, 2))})
+    update = {}
+    for name, leaf, rule in (("q_einsum", kernel, by_path), ("matrix", matrix, None)):
+        tx = came(1e-3, mu_dtype=mu_dtype, factoring=rule or LastTwoAxes())
+        state = tx.init({name: leaf})
+        for _ in range(3):
+            updates, state = tx.update({name: leaf}, state, {name: leaf})
+        update[name] = updates[name]
+    return jnp.moveaxis(update["q_einsum"], 1, 0).reshape(32, 16 * 24), update["matrix"]
+
+
+@pytest.mark.parametrize("mu_dtype", ["float32", "int8", "int4"])
+def test_an_einsum_kernel_is_updated_as_its_matrix(mu_dtype):
+    np.testing.assert_allclose(*gemma_query(mu_dtype), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make, error, message",
+    [
+        (lambda: ByPath(LastTwoAxes()), TypeError, "must be a dict .*got LastTwoAxes"),
+        (lambda: ByPath({"[": LastTwoAxes()}), ValueError, r"each key .*got '\['"),
+        (lambda: ByPath({1: LastTwoAxes()}), ValueError, "each key .*got 1"),
+        (lambda: ByPath({"a": (0, 1)}), TypeError, r"at 'a' must be .*got \(0, 1\)"),
+        (
+            lambda: ByPath({"a": FactoredAxes([0], [1])}),
+            TypeError,
+            r"at 'a': row, col and stack must be tuples of ints",
+        ),
+        (lambda: ByPath({}, default=None), TypeError, r"default=...\) .*got None"),
+        (lambda: Stacked(where=b"a"), ValueError, r"Stacked\(where=.*got b'a'"),
+    ],
+)
+def test_errors_of_rules_by_path(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
 
 
 @dataclasses.dataclass(frozen=True)
