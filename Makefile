@@ -45,6 +45,13 @@ parity: $(stamp)-parity ## Compare with came-pytorch and transformers (installs 
 tpu: $(stamp)-dev $(stamp)-tpu ## Compile for TPUs and count: bytes, kernels, communication (needs no TPU)
 	$(pytest) -m tpu --numprocesses=auto --maxprocesses=4 --quiet $(ARGS)
 
+# Made anew each time, so that newest means today's.
+.PHONY: newest
+newest: ## Test the library on the newest releases of everything; PYTHON=python3.14 says with which
+	rm -rf .venv-newest
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=/dev/null \
+	  ARGS="--ignore=tests/examples --ignore=tests/benchmarks $(ARGS)"
+
 .PHONY: docs
 docs: $(stamp)-docs ## Build the documentation into docs/_build/html
 	$(python) -m sphinx -W --keep-going -b html docs docs/_build/html
@@ -55,7 +62,7 @@ bench: $(stamp)-examples $(stamp)-tpu ## Run every benchmark; results go to benc
 
 .PHONY: clean
 clean: ## Remove .venv, caches and builds; training runs stay
-	rm -rf .venv build dist docs/_build .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-newest build dist docs/_build .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 $(VENV)/.created:
 	@for candidate in $(or $(PYTHON),python3.11 python3 python3.13 python3.12); do \
