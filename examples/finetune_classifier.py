@@ -27,7 +27,7 @@ from pretraining.models import classifier, hugging_face
 from pretraining.options import decay_rate, option
 from pretraining.task import Task
 from pretraining.training.devices import compute_dtype
-from pretraining.training.optimizers import RECOMMENDED, OptimizerOptions
+from pretraining.training.optimizers import OptimizerOptions
 from pretraining.training.trainer import Trainer, TrainingOptions
 
 
@@ -63,8 +63,7 @@ def main() -> None:
             "learning_rate": 5e-5,
             "weight_decay": 0.01,
             "eval_every": 50,
-        }
-        | RECOMMENDED,
+        },
     )
     folder = Path(model.pretrained or minilm())
     config = dataclasses.replace(

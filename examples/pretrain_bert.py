@@ -21,7 +21,7 @@ from pretraining.models import bert, hugging_face
 from pretraining.options import option, positive_int
 from pretraining.task import Task
 from pretraining.training.devices import compute_dtype
-from pretraining.training.optimizers import RECOMMENDED, OptimizerOptions
+from pretraining.training.optimizers import OptimizerOptions
 from pretraining.training.trainer import Trainer, TrainingOptions
 
 
@@ -74,7 +74,7 @@ def main() -> None:
         "pretrain_bert",
         __doc__,
         [ModelOptions, corpus.TextOptions, OptimizerOptions, TrainingOptions],
-        defaults={"batch_size": 256, "learning_rate": 5e-3} | RECOMMENDED,
+        defaults={"batch_size": 256, "learning_rate": 5e-3},
     )
     task = make_task(model, text, training.seq_len)
     length = task.tokens_per_record

@@ -74,7 +74,7 @@ def main() -> None:
         "pretrain_gpt2",
         __doc__,
         [ModelOptions, corpus.TextOptions, OptimizerOptions, TrainingOptions],
-        defaults={"batch_size": 32, "learning_rate": 3e-3, "bias_correction": True},
+        defaults={"batch_size": 32},
     )
     task = make_task(model, text, training.seq_len)
     length = task.tokens_per_record

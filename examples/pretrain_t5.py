@@ -83,7 +83,6 @@ def main() -> None:
         "pretrain_t5",
         __doc__,
         [ModelOptions, corpus.TextOptions, OptimizerOptions, TrainingOptions],
-        defaults={"learning_rate": 3e-3, "bias_correction": True},
     )
     task = make_task(model, text, training.seq_len)
     length = task.tokens_per_record

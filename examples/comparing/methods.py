@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from pretraining.training.optimizers import RECOMMENDED, OptimizerOptions
+from pretraining.training.optimizers import OptimizerOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +38,12 @@ def _method(
 def _came(
     label: str, learning_rate: float = 1e-3, warmup: float = 0.1, **options: Any
 ) -> Method:
-    return _method(label, "came", learning_rate, warmup, **options)
+    return _method(label, "published-came", learning_rate, warmup, **options)
 
 
 COMPARISON = {
     "adamw": _method("AdamW", "adamw", 3e-3),
+    "nadamw": _method("NAdamW", "nadamw", 3e-3),
     "adafactor": _method("Adafactor", "adafactor", 3e-3),
     "came": _came("CAME"),
     "came-bc": _came("CAME, bias-corrected", 3e-3, bias_correction=True),
@@ -58,6 +59,12 @@ COMPARISON = {
     "muon": _method("Muon", "muon", 1e-2),
 }
 
+RECOMMENDED = {
+    "b2": 0.95,
+    "eps2": 0.1,
+    "bias_correction": True,
+    "update_clipping_threshold": 1.0,
+}
 AS_RECOMMENDED = "came-bc-b2-0.95-eps2-0.1-clip-1"
 
 STUDY = {

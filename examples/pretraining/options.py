@@ -11,11 +11,12 @@ def option(default: Any, help: str, **kwargs: Any) -> Any:
     """A dataclass field that is also a command-line option.
 
     Args:
-        default: The default; False makes a switch.
+        default: The default; False makes a switch, and so does the type `bool`.
         help: A line for --help.
         **kwargs: More for `argparse.ArgumentParser.add_argument`, e.g. type or choices.
     """
-    if default is False:
+    if default is False or kwargs.get("type") is bool:
+        kwargs.pop("type", None)
         kwargs["action"] = argparse.BooleanOptionalAction
     elif "choices" not in kwargs:
         kwargs.setdefault("metavar", _METAVARS.get(kwargs.get("type"), "TEXT"))

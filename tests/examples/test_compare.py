@@ -168,13 +168,16 @@ def test_run_equals_plain_training(task: Task):
     run = trainer.run(1e-2, 1, {"method": "came"})
     assert trainer._train_steps._cache_size() == 1
     assert run.about["options"] == {
-        "optimizer": "came",
+        "optimizer": "published-came",
         "bias_correction": True,
         "update_clipping_threshold": 1.0,
     }
 
     options = OptimizerOptions(
-        learning_rate=1e-2, bias_correction=True, update_clipping_threshold=1.0
+        optimizer="published-came",
+        learning_rate=1e-2,
+        bias_correction=True,
+        update_clipping_threshold=1.0,
     )
     tx = make_optimizer(options, make_schedule(options, SETTINGS.steps))
     mesh = devices.make_mesh()
@@ -206,6 +209,7 @@ def test_diverged_run_ends_early(task: Task):
     ("name", "least", "most"),
     [
         ("adamw", 8, 8),
+        ("nadamw", 8, 8),
         ("lion", 4, 4),
         ("came", 4, 5.5),
         ("adafactor", 4, 5),

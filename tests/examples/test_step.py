@@ -8,6 +8,7 @@ import optax
 import pytest
 from flax import nnx
 
+from came_optax import came, steady_came
 from pretraining.errors import UserError
 from pretraining.models import gpt2
 from pretraining.task import Task
@@ -104,6 +105,40 @@ def test_batches_must_split_evenly():
     for batch_size, accumulate in (12, 1), (16, 4):
         with pytest.raises(UserError, match="--batch-size"):
             devices.check_batch_size(batch_size, accumulate, mesh)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"optimizer": "came"}, steady_came(1e-2)),
+        ({"optimizer": "published-came"}, came(1e-2)),
+        (
+            {"bias_correction": False, "update_clipping_threshold": 0, "b2": 0.5},
+            steady_came(
+                1e-2, b2=0.5, bias_correction=False, update_clipping_threshold=None
+            ),
+        ),
+        ({"optimizer": "nadamw"}, optax.nadamw(1e-2, b2=0.95, weight_decay=0)),
+    ],
+    ids=["came", "published-came", "overridden", "nadamw"],
+)
+def test_update_rules_have_their_own_defaults(
+    options: dict[str, object], expected: optax.GradientTransformation
+):
+    options = OptimizerOptions(**options, weight_decay=0, clip_norm=1e9)
+    tx = make_optimizer(options, lambda count: 1e-2)
+    params = {"kernel": np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)}
+
+    def three_steps(tx: optax.GradientTransformation) -> list[jax.Array]:
+        state, updates = tx.init(params), []
+        for scale in (1.0, -0.5, 2.0):
+            update, state = tx.update(
+                {"kernel": scale * params["kernel"]}, state, params
+            )
+            updates.append(update["kernel"])
+        return updates
+
+    chex.assert_trees_all_close(three_steps(tx), three_steps(expected), rtol=1e-6)
 
 
 def test_schedule_warms_up_and_decays_to_a_tenth():

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -29,11 +30,16 @@ class OptimizerOptions:
     """Options for the optimizer."""
 
     optimizer: str = option(
-        "came", "update rule", choices=("came", "adamw", "adafactor", "lion", "muon")
+        "came",
+        "update rule; came is steady_came, published-came has the paper's defaults",
+        choices=(
+            *("came", "published-came", "adamw", "nadamw", "adafactor", "lion"),
+            "muon",
+        ),
     )
     learning_rate: float | None = option(
         None,
-        "peak learning rate (if none: came and lion 1e-3, others 3e-3)",
+        "peak learning rate (if none: published-came and lion 1e-3, others 3e-3)",
         type=positive_float,
     )
     warmup: int | None = option(
@@ -45,13 +51,13 @@ class OptimizerOptions:
     clip_norm: float = option(1.0, "largest global gradient norm", type=positive_float)
     b1: float | None = option(
         None,
-        "decay rate of the momentum (default: the optimizer's own); adafactor keeps "
-        "none at 0",
+        "decay rate of the momentum (default of this and the next: the optimizer's "
+        "own); adafactor keeps none at 0",
         type=decay_rate,
     )
     b2: float | None = option(
         None,
-        "came, adamw: decay rate of the second moment; lion: of its average",
+        "came, adamw, nadamw: decay rate of the second moment; lion: of its average",
         type=decay_rate,
     )
     b3: float | None = option(
@@ -59,6 +65,13 @@ class OptimizerOptions:
     )
     eps2: float | None = option(
         None, "came: added to the instability", type=positive_float
+    )
+    nesterov: bool | None = option(None, "came: look one step ahead", type=bool)
+    bias_correction: bool | None = option(
+        None, "came: correct moments for their zero start", type=bool
+    )
+    update_clipping_threshold: float | None = option(
+        None, "came: largest RMS of a leaf's update; 0 for any", type=non_negative_float
     )
     mu_dtype: str = option(
         "float32", "came: stores the momentum in this", metavar="DTYPE"
@@ -68,19 +81,6 @@ class OptimizerOptions:
         "came: the axes whose statistics are factored",
         choices=FACTORING,
     )
-    bias_correction: bool = option(False, "came: correct moments for their zero start")
-    update_clipping_threshold: float | None = option(
-        None, "came: largest RMS of a leaf's update", type=positive_float
-    )
-
-
-# For CAME, what docs/learning-rate.md recommends.
-RECOMMENDED = {
-    "b2": 0.95,
-    "eps2": 0.1,
-    "bias_correction": True,
-    "update_clipping_threshold": 1.0,
-}
 
 
 def make_schedule(options: OptimizerOptions, steps: int) -> optax.Schedule:
@@ -116,24 +116,34 @@ def decay_mask(params: Any) -> Any:
     )
 
 
-def _came(options: OptimizerOptions, schedule: optax.Schedule) -> Any:
-    return came_optax.came(
+def _came(
+    came: Callable[..., Any], options: OptimizerOptions, schedule: optax.Schedule
+) -> Any:
+    own = _given(
+        b1=options.b1,
+        b2=options.b2,
+        b3=options.b3,
+        eps2=options.eps2,
+        nesterov=options.nesterov,
+        bias_correction=options.bias_correction,
+    )
+    if options.update_clipping_threshold is not None:
+        own["update_clipping_threshold"] = options.update_clipping_threshold or None
+    return came(
         schedule,
-        **_given(b1=options.b1, b2=options.b2, b3=options.b3, eps2=options.eps2),
+        **own,
         weight_decay=options.weight_decay,
         weight_decay_mask=decay_mask,
         factoring=FACTORING[options.factoring],
         mu_dtype=options.mu_dtype,
-        bias_correction=options.bias_correction,
-        update_clipping_threshold=options.update_clipping_threshold,
     )
 
 
-def _adamw(options: OptimizerOptions, schedule: optax.Schedule) -> Any:
+def _adamw(
+    adamw: Callable[..., Any], options: OptimizerOptions, schedule: optax.Schedule
+) -> Any:
     betas = {"b2": 0.95} | _given(b1=options.b1, b2=options.b2)
-    return optax.adamw(
-        schedule, **betas, weight_decay=options.weight_decay, mask=decay_mask
-    )
+    return adamw(schedule, **betas, weight_decay=options.weight_decay, mask=decay_mask)
 
 
 def _adafactor(options: OptimizerOptions, schedule: optax.Schedule) -> Any:
@@ -176,7 +186,7 @@ def _muon(options: OptimizerOptions, schedule: optax.Schedule) -> Any:
     )
 
 
-def _given(**values: float | None) -> dict[str, float]:
+def _given(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -187,8 +197,10 @@ class _Entry:
 
 
 _TABLE = {
-    "came": _Entry(_came, 1e-3),
-    "adamw": _Entry(_adamw, 3e-3),
+    "came": _Entry(partial(_came, came_optax.steady_came), 3e-3),
+    "published-came": _Entry(partial(_came, came_optax.came), 1e-3),
+    "adamw": _Entry(partial(_adamw, optax.adamw), 3e-3),
+    "nadamw": _Entry(partial(_adamw, optax.nadamw), 3e-3),
     "adafactor": _Entry(_adafactor, 3e-3),
     "lion": _Entry(_lion, 1e-3),
     "muon": _Entry(_muon, 3e-3),
