@@ -1,9 +1,11 @@
 """Factoring rules: which axes of a leaf form the rows and columns of a matrix."""
 
+import contextlib
+import contextvars
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -344,8 +346,24 @@ _CLASSES = {
 }
 
 
+_instead: contextvars.ContextVar[FactoringRule | None] = contextvars.ContextVar(
+    "_instead", default=None
+)
+
+
+@contextlib.contextmanager
+def all_factored_by(rule: FactoringRule) -> Iterator[None]:
+    """Within it, ``rule`` takes the place of the rule of every transformation."""
+    token = _instead.set(rule)
+    try:
+        yield
+    finally:
+        _instead.reset(token)
+
+
 def factored_axes(rule: FactoringRule, tree: Any) -> Any:
     """Returns the tree of :class:`FactoredAxes` that ``rule`` gives for ``tree``."""
+    rule = _instead.get() or rule
 
     def leaf_axes(path: KeyPath, leaf: Any) -> FactoredAxes:
         shape = jnp.shape(leaf)

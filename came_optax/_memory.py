@@ -2,15 +2,20 @@
 
 import collections
 import dataclasses
+import math
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import jax
 import optax
+from jax.tree_util import GetAttrKey
 
-from came_optax._checks import KeyPath, path_name
+from came_optax._checks import KeyPath, Shape, path_name
+from came_optax._factoring import FactoringRule, Stacked
+from came_optax._smaller import smaller_rules
 
 _OTHER = "(other)"  # Counters, hyperparameters and such, which belong to no parameter.
+_CODES = ("values", "row_scale", "col_scale")  # What a leaf in 8 or 4 bits is kept as.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +35,12 @@ class StateMemory:
         share.
       by_leaf: bytes for each parameter, named as ``"decoder/kernel"``.
       params_by_module: numbers in the parameters of each top-level key.
+      shapes: each parameter's shape.
+      rows: the shape of the row statistic of each parameter that has one.
+      cols: the shape of the column statistic of each parameter that has one.
+      smaller: factoring rules with which the state would be more than a tenth smaller,
+        and the bytes with each. ``Stacked`` is for where its axis does hold layers,
+        which shapes alone don't tell.
     """
 
     total: int
@@ -39,6 +50,10 @@ class StateMemory:
     by_module: Mapping[str, int]
     by_leaf: Mapping[str, int]
     params_by_module: Mapping[str, int]
+    shapes: Mapping[str, Shape]
+    rows: Mapping[str, Shape]
+    cols: Mapping[str, Shape]
+    smaller: Mapping[FactoringRule, int]
 
     @property
     def bytes_per_param(self) -> float:
@@ -46,20 +61,53 @@ class StateMemory:
         return self.total / max(self.num_params, 1)
 
     def __str__(self) -> str:
-        """Returns a table of modules and dtypes, and AdamW's state beside it."""
+        """Returns a table of modules and dtypes, AdamW's state, and smaller rules."""
         rows = [("", "parameters", "state bytes", "bytes/param")]
         for name, size in self.by_module.items():
-            rows.append(_row(name, self.params_by_module.get(name, 0), size))
-        rows.append(_row("total", self.num_params, self.total))
-        rows += [_row(f"  {name}", 0, size) for name, size in self.by_dtype.items()]
-        rows.append(_row("AdamW", self.num_params, self.adamw))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = (
-            f"{row[0]:<{widths[0]}}"
-            + "".join(f"  {x:>{n}}" for x, n in zip(row[1:], widths[1:], strict=True))
-            for row in rows
+            rows.append((name, *_counts(self.params_by_module.get(name, 0), size)))
+        rows.append(("total", *_counts(self.num_params, self.total)))
+        for name, size in self.by_dtype.items():
+            rows.append((f"  {name}", *_counts(0, size)))
+        rows.append(("AdamW", *_counts(self.num_params, self.adamw)))
+        return "\n".join([*_aligned(rows), *map(self._advice, self.smaller)])
+
+    def by_leaf_table(self) -> str:
+        """Returns a table of leaves, with the shapes of their statistics.
+
+        It shows what a factoring rule made of each leaf: the matrix ``(d | heads *
+        head_dim)``, for one, has rows ``d`` and columns ``heads×head_dim``. An axis in
+        both is one of a batch of matrices. Leaves without rows aren't factored.
+
+        Example:
+          >>> import jax, jax.numpy as jnp
+          >>> from came_optax import BalancedSplit, came, state_memory
+          >>> kernels = {
+          ...     "query": jax.ShapeDtypeStruct((768, 12, 64), jnp.float32),
+          ...     "q_einsum": jax.ShapeDtypeStruct((12, 768, 64), jnp.float32),
+          ... }
+          >>> tx = came(1e-3, mu_dtype="int8", factoring=BalancedSplit())
+          >>> print(state_memory(tx, kernels).by_leaf_table())
+                        shape    rows  columns  parameters  state bytes  bytes/param
+          q_einsum  12×768×64  12×768       64     589,824      701,188        1.189
+          query     768×12×64     768    12×64     589,824      608,260        1.031
+          (other)                                                     8
+          total                                  1,179,648    1,309,456        1.110
+        """
+        head = "shape", "rows", "columns", "parameters", "state bytes", "bytes/param"
+        rows: list[tuple[str, ...]] = [("", *head)]
+        for name, size in self.by_leaf.items():
+            shapes = (x.get(name) for x in (self.shapes, self.rows, self.cols))
+            number = math.prod(self.shapes[name]) if name in self.shapes else 0
+            rows.append((name, *map(_times, shapes), *_counts(number, size)))
+        total = _counts(self.num_params, self.total)
+        return "\n".join(_aligned([*rows, ("total", "", "", "", *total)]))
+
+    def _advice(self, rule: FactoringRule) -> str:
+        size = self.smaller[rule] / self.num_params
+        where = (
+            isinstance(rule, Stacked) and f", if axis {rule.axis} there stacks layers"
         )
-        return "\n".join(map(str.rstrip, lines))
+        return f"{size:.3f} bytes/param with factoring={rule!r}{where or ''}"
 
 
 def state_memory(tx: optax.GradientTransformation, params: Any) -> StateMemory:
@@ -91,7 +139,6 @@ def state_memory(tx: optax.GradientTransformation, params: Any) -> StateMemory:
         int32                          8
       AdamW      67,108,864  268,435,460        4.000
     """
-    state = jax.eval_shape(tx.init, params)
     leaves = dict(jax.tree.leaves_with_path(params))
     depth = 1 + _shared_keys(list(leaves))
     names: dict[KeyPath | None, tuple[str, str]] = {None: (_OTHER, _OTHER)}
@@ -102,13 +149,35 @@ def state_memory(tx: optax.GradientTransformation, params: Any) -> StateMemory:
     by_leaf: collections.Counter[str] = collections.Counter()
     by_module: collections.Counter[str] = collections.Counter()
     by_dtype: collections.Counter[str] = collections.Counter()
-    for path, x in jax.tree.leaves_with_path(state):
-        leaf, module = names[_owner(path, leaves)]
+    largest: collections.Counter[str] = collections.Counter()
+    of_field: dict[str, dict[str, Shape]] = collections.defaultdict(dict)
+    for path, x in jax.tree.leaves_with_path(jax.eval_shape(tx.init, params)):
+        owner, field = _owner(path, leaves)
+        leaf, module = names[owner]
         by_leaf[leaf] += _bytes(x)
         by_module[module] += _bytes(x)
         by_dtype[str(x.dtype)] += _bytes(x)
+        largest[leaf] = max(largest[leaf], _bytes(x))
+        of_field[field].setdefault(leaf, x.shape)
+    rows, cols = (
+        {**of_field[f"s_{side}"], **of_field[f"v_{side}"]} for side in ("row", "col")
+    )
+    # What isn't factored has placeholders.
+    factored = [leaf for leaf in rows if (rows[leaf], cols[leaf]) != ((1,), (1,))]
+    total = by_dtype.total()
+    shapes = {path: p.shape for path, p in leaves.items()}
+
+    # What would be left were every leaf as narrow as the narrowest, without statistics.
+    widths = [largest[names[path][0]] / max(p.size, 1) for path, p in leaves.items()]
+    least = params_by_module.total() * min(widths, default=0)
+
+    def count_bytes() -> int:
+        # Not tx.init itself, of which JAX would remember what it gave before.
+        state = jax.eval_shape(lambda p: tx.init(p), params)
+        return sum(map(_bytes, jax.tree.leaves(state)))
+
     return StateMemory(
-        total=by_dtype.total(),
+        total=total,
         num_params=params_by_module.total(),
         # Two moments in the parameters' dtypes, and an int32 counter.
         adamw=2 * sum(map(_bytes, leaves.values())) + 4,
@@ -116,6 +185,10 @@ def state_memory(tx: optax.GradientTransformation, params: Any) -> StateMemory:
         by_module=dict(by_module.most_common()),
         by_leaf=dict(by_leaf.most_common()),
         params_by_module=dict(params_by_module.most_common()),
+        shapes={names[path][0]: shape for path, shape in shapes.items()},
+        rows={leaf: rows[leaf] for leaf in factored},
+        cols={leaf: cols[leaf] for leaf in factored},
+        smaller=smaller_rules(count_bytes, total, least, shapes) if rows else {},
     )
 
 
@@ -123,10 +196,20 @@ def _bytes(x: Any) -> int:
     return int(x.size) * int(x.dtype.itemsize)
 
 
-def _owner(path: KeyPath, params: Container[KeyPath]) -> KeyPath | None:
-    """Returns the longest end of a state array's path that is a parameter's path."""
-    ends = (path[i:] for i in range(len(path) + 1))
-    return next((end for end in ends if end in params), None)
+def _owner(path: KeyPath, params: Container[KeyPath]) -> tuple[KeyPath | None, str]:
+    """Returns a state array's parameter, and the name of the field that it is part of.
+
+    The parameter's path is the longest end of the array's path that is one, but for the
+    last key of codes and their scales.
+    """
+    if isinstance(path[-1], GetAttrKey) and path[-1].name in _CODES:
+        owner, field = _owner(path[:-1], params)
+        if owner is not None:
+            return owner, field
+    for start in range(len(path) + 1):
+        if path[start:] in params:
+            return path[start:], path_name(path[start - 1 : start])
+    return None, ""
 
 
 def _shared_keys(paths: Sequence[KeyPath]) -> int:
@@ -137,7 +220,23 @@ def _shared_keys(paths: Sequence[KeyPath]) -> int:
     return 0
 
 
-def _row(name: str, num_params: int, size: int) -> tuple[str, str, str, str]:
+def _times(shape: Shape | None) -> str:
+    return "×".join(map(str, shape or ()))
+
+
+def _counts(num_params: int, size: int) -> tuple[str, str, str]:
     if not num_params:
-        return name, "", f"{size:,}", ""
-    return name, f"{num_params:,}", f"{size:,}", f"{size / num_params:.3f}"
+        return "", f"{size:,}", ""
+    return f"{num_params:,}", f"{size:,}", f"{size / num_params:.3f}"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns lines with the first column on the left, the others on the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            [f"{row[0]:<{widths[0]}}"]
+            + [f"{x:>{n}}" for x, n in zip(row[1:], widths[1:], strict=True)]
+        ).rstrip()
+        for row in rows
+    ]
