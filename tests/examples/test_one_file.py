@@ -1,0 +1,45 @@
+"""GPT-2 in one file: it learns, and goes on where it stopped."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import chex
+import jax
+import pytest
+
+from gpt2_in_one_file import Config, main
+
+
+def test_learns_and_resumes_with_the_same_bits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for i in range(40):
+        lines = [f"Fox {i} jumps over {i * k} dogs.\n" for k in range(30)]
+        (tmp_path / f"{i}.txt").write_text("".join(lines) + "<|endoftext|>")
+    config = Config(
+        folder=str(tmp_path / "run"),
+        text=str(tmp_path / "*.txt"),
+        vocab_size=300,
+        length=16,
+        width=24,
+        layers=1,
+        batch_size=8,
+        warmup=2,
+        steps=20,
+        save_every=10,
+    )
+    with jax.numpy_dtype_promotion("standard"):  # For optax's schedules.
+        straight = main(config)
+        lines = capsys.readouterr().out.splitlines()
+        losses = [float(line.split()[-1]) for line in lines]
+        assert len(losses) == 2
+        assert losses[1] < losses[0] - 0.1
+
+        shutil.rmtree(tmp_path / "run" / "20")
+        chex.assert_trees_all_equal(main(config), straight)
+        assert capsys.readouterr().out.splitlines() == lines[1:]
+
+        done = main(dataclasses.replace(config, save_every=1))
+    chex.assert_trees_all_equal(done, straight)
+    assert capsys.readouterr().out == ""
