@@ -8,6 +8,7 @@ ARGS        ?=
 
 python := $(VENV)/bin/python
 pytest := $(python) -m pytest
+parallel := --numprocesses=auto --maxprocesses=4 --quiet
 stamp  := $(VENV)/.installed-$(shell cat pyproject.toml $(CONSTRAINTS) | cksum | cut -d' ' -f1)
 install = $(python) -m pip install --quiet --disable-pip-version-check \
           --constraint $(CONSTRAINTS) --editable ".[$(1)]"
@@ -16,7 +17,7 @@ install = $(python) -m pip install --quiet --disable-pip-version-check \
 
 .PHONY: help
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: pretrain
 pretrain: $(stamp)-examples ## Pretrain a tiny GPT-2 on real text; ARGS="--steps 50" passes options
@@ -27,8 +28,17 @@ finetune: $(stamp)-minilm ## Fine-tune a pretrained BERT on film reviews; ARGS a
 	$(python) examples/finetune_classifier.py $(ARGS)
 
 .PHONY: test
-test: $(stamp)-dev ## Run the test suite; ARGS="-k name" passes options
-	$(pytest) --numprocesses=auto --maxprocesses=4 --quiet $(ARGS)
+test: $(stamp)-dev ## Test the library; ARGS="-k name" passes options
+	$(pytest) $(parallel) --ignore=tests/examples --ignore=tests/benchmarks $(ARGS)
+
+.PHONY: test-all
+test-all: $(stamp)-dev ## Test the library, the examples and the benchmarks
+	$(pytest) $(parallel) $(ARGS)
+
+.PHONY: format
+format: $(stamp)-dev ## Format the code, and mend what the linter can
+	$(python) -m ruff format .
+	$(python) -m ruff check --fix .
 
 .PHONY: check
 check: $(stamp)-dev ## Check format, lint and types, and run the doctests
@@ -43,14 +53,13 @@ parity: $(stamp)-parity ## Compare with came-pytorch and transformers (installs 
 
 .PHONY: tpu
 tpu: $(stamp)-dev $(stamp)-tpu ## Compile for TPUs and count: bytes, kernels, communication (needs no TPU)
-	$(pytest) -m tpu --numprocesses=auto --maxprocesses=4 --quiet $(ARGS)
+	$(pytest) -m tpu $(parallel) $(ARGS)
 
 # Made anew each time, so that newest means today's.
 .PHONY: newest
 newest: ## Test the library on the newest releases of everything; PYTHON=python3.14 says with which
 	rm -rf .venv-newest
-	$(MAKE) test VENV=.venv-newest CONSTRAINTS=/dev/null \
-	  ARGS="--ignore=tests/examples --ignore=tests/benchmarks $(ARGS)"
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=/dev/null
 
 .PHONY: docs
 docs: $(stamp)-docs ## Build the documentation into docs/_build/html
