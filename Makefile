@@ -69,6 +69,11 @@ docs: $(stamp)-docs ## Build the documentation into docs/_build/html
 bench: $(stamp)-examples $(stamp)-tpu ## Run every benchmark; results go to benchmarks/results
 	for script in benchmarks/*.py; do $(python) $$script || exit 1; done
 
+.PHONY: accelerator
+accelerator: $(stamp)-examples ## Measure on a GPU or TPU; JAX=cuda12 or JAX=tpu installs JAX for it first
+	$(if $(JAX),$(python) -m pip install --quiet --constraint $(CONSTRAINTS) "jax[$(JAX)]")
+	$(python) benchmarks/accelerator.py $(ARGS)
+
 .PHONY: clean
 clean: ## Remove .venv, caches and builds; training runs stay
 	rm -rf .venv .venv-newest build dist docs/_build .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -37,7 +37,7 @@ class Layers(nnx.Module):
 
     def __init__(self, config: gpt2.GPT2Config, rngs: nnx.Rngs):
         make = nnx.vmap(lambda rngs: gpt2.Block(config, rngs=rngs))
-        self.stack = make(rngs.fork(split=config.n_layer))
+        self.stack = make(rngs.split(config.n_layer))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Applies one layer after the other."""

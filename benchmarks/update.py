@@ -69,20 +69,21 @@ class JaxUpdate:
 
 
 class TorchUpdate:
-    """The same by a PyTorch optimizer, one of `AdamW` and `CAME`."""
+    """The same by a PyTorch optimizer, one of `AdamW` and `CAME`, on its own device."""
 
-    def __init__(self, name: str, grads: Any):
-        import came_pytorch
+    def __init__(self, name: str, grads: Any, device: str = "cpu"):
         import torch
 
         params = []
         for grad in jax.tree.leaves(grads):
-            shared = torch.from_dlpack(grad)
+            shared = torch.from_dlpack(grad).to(device)
             params.append(torch.nn.Parameter(shared.clone()))
             params[-1].grad = shared
         if name == "AdamW":
             optimizer = torch.optim.AdamW(params, 1e-3, weight_decay=0.1, fused=True)
         else:
+            import came_pytorch
+
             optimizer = came_pytorch.CAME(params, 1e-3, weight_decay=0.1)
         self.step = optimizer.step
         self.step()  # Makes the state.
@@ -92,13 +93,13 @@ class TorchUpdate:
             for value in state.values()
             if torch.is_tensor(value)
         ]
-        state_bytes = sum(t.nbytes for t in tensors)
+        self.state_bytes = sum(t.nbytes for t in tensors)
         self.takes = {
             "bytes/parameter": "",
             "traced in (CPU s)": "",
             "compiled in (CPU s)": "",
             "temporaries (MB)": "",
-            "state (MB)": f"{state_bytes / 1e6:.1f}",
+            "state (MB)": f"{self.state_bytes / 1e6:.1f}",
         }
 
     def __call__(self) -> None:

@@ -46,11 +46,11 @@ def small_shapes(leaves: int = 1000) -> Any:
     ]
 
 
-def random_like(shapes: Any) -> Any:
-    """Returns float32 arrays of such shapes, normal and the same in each run."""
+def random_like(shapes: Any, dtype: Any = jnp.float32) -> Any:
+    """Returns arrays of such shapes, normal and the same in each run."""
     rng = np.random.default_rng(0)
     return jax.tree.map(
-        lambda p: jnp.asarray(rng.standard_normal(p.shape, np.float32)), shapes
+        lambda p: jnp.asarray(rng.standard_normal(p.shape, np.float32), dtype), shapes
     )
 
 
