@@ -5,7 +5,7 @@ r"""Compare CAME with other optimizers, each at the best of as many learning rat
 trains the smallest GPT-2 under every optimizer at one seed and learning rates that are
 10^(1/4) apart around its best, then with more seeds at that best: 8 to 10 runs of about
 15 s each on one CPU core, or a minute each for BERT and T5. It goes on where it stopped
-when run again. Writes a log of each run, tables and plots into
+when run again. Writes a log of all runs, tables and plots into
 runs/compare-gpt2-nano. docs/learning-rate.md shows what to expect.
 """
 
@@ -16,15 +16,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from comparing import runs, search
+from comparing import search
 from comparing.figures import draw
 from comparing.methods import (
-    AS_RECOMMENDED,
+    ABLATIONS,
     COMPARISON,
     METHODS,
+    REFERENCE,
     STORAGE,
     STUDY,
 )
+from comparing.runs import Log
 from comparing.summary import summarize
 from comparing.table import make_tables
 from comparing.trainer import Settings, Trainer
@@ -43,12 +45,12 @@ RUNS = {
     "bert": {"steps": 600, "batch_size": 256, "eval_batches": 24},
     "t5": {"steps": 600, "batch_size": 16, "eval_batches": 48},
 }
-ADAMWS = ("adamw", "adamw-b2-0.999")
-# What has a table and plots of its own, beginning with what it varies.
+# What has a table and plots of its own.
 GROUPS = {
-    "comparison": (*COMPARISON, AS_RECOMMENDED),
-    "study": (*ADAMWS, "came", "came-bc", "came-bc-clip-1", *STUDY),
-    "storage": (*ADAMWS, AS_RECOMMENDED, *STORAGE),
+    "comparison": COMPARISON,
+    "ablations": (REFERENCE, *ABLATIONS),
+    "study": (REFERENCE, "came", *STUDY),
+    "storage": (REFERENCE, *STORAGE),
 }
 
 
@@ -95,9 +97,13 @@ def main() -> None:
     settings = Settings(**run, evaluations=10, log_every=LOG_EVERY)
     task = make_task(options, text)
     check_settings(folder, task, settings)
+    log = Log(folder)
     for name in options.methods or METHODS:
-        compare(task, name, settings, options.seeds, folder)
-    report(task, folder)
+        if METHODS[name].installed:
+            compare(task, name, settings, options.seeds, log)
+        else:
+            print(f"{name}: left out, needs the package {METHODS[name].package}")
+    report(task, folder, log)
 
 
 def make_task(options: CompareOptions, text: corpus.TextOptions) -> Task:
@@ -116,9 +122,7 @@ def make_task(options: CompareOptions, text: corpus.TextOptions) -> Task:
     return example.make_task(example.ModelOptions(size=options.size), text)
 
 
-def compare(
-    task: Task, name: str, settings: Settings, seeds: int, folder: Path
-) -> None:
+def compare(task: Task, name: str, settings: Settings, seeds: int, log: Log) -> None:
     """Does the runs of one method that are not done yet."""
     method, trainer = METHODS[name], None
     first = search.index_of(method.options.learning_rate)
@@ -126,18 +130,18 @@ def compare(
     def loss(index: int, seed: int) -> float:
         nonlocal trainer
         learning_rate = search.learning_rate(index)
-        path = runs.path(folder, name, learning_rate, seed)
-        if not path.exists():
+        run = log.find(name, learning_rate, seed)
+        if run is None:
             trainer = trainer or Trainer(task, method, settings)
             about = {"task": task.name, "method": name, "steps": settings.steps}
             run = trainer.run(learning_rate, seed, about)
-            runs.write(path, run)
+            log.add(run)
             print(
                 f"{name:<25} lr {learning_rate:.2e} seed {seed}: {run.final():.4f} "
                 f"in {run.rows[-1]['seconds']:.0f} s",
                 flush=True,
             )
-        return runs.read(path).final()
+        return run.final()
 
     sweep: dict[int, float] = {}
     while (index := search.next_index(sweep, first)) is not None:
@@ -146,15 +150,14 @@ def compare(
     losses = {index: [value] for index, value in sweep.items()}
     while len(losses[index := search.best_mean(losses)]) < seeds:
         losses[index] += [loss(index, seed) for seed in range(1, seeds)]
-    cost = folder / "runs" / name / "cost.json"
-    if not cost.exists():
+    if log.cost(name) is None:
         trainer = trainer or Trainer(task, method, settings)
-        write_atomically(cost, json.dumps(trainer.measure_cost()) + "\n")
+        log.add_cost(name, trainer.cost())
 
 
-def report(task: Task, folder: Path) -> None:
+def report(task: Task, folder: Path, log: Log) -> None:
     """Writes tables and plots of the methods whose runs are all done."""
-    everything = [summarize(folder, name) for name in METHODS]
+    everything = [summarize(log, name) for name in METHODS]
     known = [summary for summary in everything if summary is not None]
     for group, names in GROUPS.items():
         members = [summary for summary in known if summary.name in names]

@@ -1,9 +1,18 @@
 """The optimizers that are compared: an update rule with settings and warmup each."""
 
 import dataclasses
+import importlib.util
+from collections.abc import Callable
 from typing import Any
 
-from pretraining.training.optimizers import OptimizerOptions
+import jax
+import optax
+
+from pretraining.training.optimizers import (
+    OptimizerOptions,
+    decay_mask,
+    make_optimizer,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,18 +25,26 @@ class Method:
         warmup: Part of the steps spent in warmup.
         param_dtype: In which parameters are stored; updates of narrower ones than
             float32 are rounded stochastically.
+        make: Makes the optimizer from options and a schedule.
+        package: What has to be installed, if anything.
     """
 
     label: str
     options: OptimizerOptions
     warmup: float = 0.1
     param_dtype: str = "float32"
+    make: Callable[[OptimizerOptions, optax.Schedule], Any] = make_optimizer
+    package: str | None = None
+
+    @property
+    def installed(self) -> bool:
+        return self.package is None or bool(importlib.util.find_spec(self.package))
 
 
 def _method(
     label: str,
     optimizer: str,
-    learning_rate: float,
+    learning_rate: float = 3e-3,
     warmup: float = 0.1,
     **options: Any,
 ) -> Method:
@@ -35,79 +52,124 @@ def _method(
     return Method(label, OptimizerOptions(**options), warmup)
 
 
-def _came(
+def _steady(label: str, **options: Any) -> Method:
+    return _method(f"steady_came{label}", "came", **options)
+
+
+def _published(
     label: str, learning_rate: float = 1e-3, warmup: float = 0.1, **options: Any
 ) -> Method:
-    return _method(label, "published-came", learning_rate, warmup, **options)
+    return _method(f"CAME, {label}", "published-came", learning_rate, warmup, **options)
 
+
+def _flash_adamw(options: OptimizerOptions, schedule: optax.Schedule) -> Any:
+    """AdamW with both moments in 8 bits, of the package flashoptim-jax."""
+    import flashoptim_jax
+
+    flash = flashoptim_jax.flash_adamw(
+        1.0, b2=0.999, weight_decay=0.0, master_weight_bits=None, fused=False
+    )
+
+    def update(updates: Any, state: Any, params: Any) -> Any:
+        after, state = flash.step(params, state, updates)
+        # Down by one learning rate of 1.
+        return jax.tree.map(lambda a, b: b - a, after, params), state
+
+    return optax.chain(
+        optax.clip_by_global_norm(options.clip_norm),
+        optax.GradientTransformation(flash.init, update),
+        optax.add_decayed_weights(options.weight_decay, decay_mask),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+# What differences are to.
+REFERENCE = "steady-came"
 
 COMPARISON = {
-    "adamw": _method("AdamW", "adamw", 3e-3),
-    "nadamw": _method("NAdamW", "nadamw", 3e-3),
-    "adafactor": _method("Adafactor", "adafactor", 3e-3),
-    "came": _came("CAME"),
-    "came-bc": _came("CAME, bias-corrected", 3e-3, bias_correction=True),
-    "came-bc-clip-1": _came(
-        "CAME, bias-corrected, update clip 1",
-        3e-3,
-        bias_correction=True,
-        update_clipping_threshold=1.0,
+    REFERENCE: _steady(""),
+    "adamw": _method("AdamW, β2 0.95", "adamw"),
+    "adamw-b2-0.999": _method("AdamW, β2 0.999", "adamw", b2=0.999),
+    "nadamw": _method("NAdamW, β2 0.95", "nadamw"),
+    "nadamw-b2-0.999": _method("NAdamW, β2 0.999", "nadamw", b2=0.999),
+    "flash-adamw": Method(
+        "AdamW in 8 bits (flashoptim-jax), β2 0.999",
+        OptimizerOptions(optimizer="adamw", learning_rate=3e-3, b2=0.999),
+        make=_flash_adamw,
+        package="flashoptim_jax",
     ),
-    "adamw-b2-0.999": _method("AdamW, β2 0.999", "adamw", 3e-3, b2=0.999),
-    "adafactor-b1-0": _method("Adafactor, no momentum", "adafactor", 3e-3, b1=0.0),
+    "adafactor": _method("Adafactor, momentum 0.9", "adafactor"),
+    "adafactor-b1-0": _method("Adafactor, no momentum", "adafactor", b1=0.0),
     "lion": _method("Lion", "lion", 3e-4),
     "muon": _method("Muon", "muon", 1e-2),
+    "came": _published("as published"),
 }
 
-RECOMMENDED = {
+STORAGE = {
+    f"steady-came-{mu_dtype}": _steady(f", {mu_dtype} momentum", mu_dtype=mu_dtype)
+    for mu_dtype in ("bfloat16", "int8", "int4")
+}
+STORAGE["steady-came-int8-bfloat16-params"] = dataclasses.replace(
+    STORAGE["steady-came-int8"],
+    label="steady_came, int8 momentum, bfloat16 parameters",
+    param_dtype="bfloat16",
+)
+
+# steady_came but for one thing each.
+ABLATIONS = {
+    "steady-came-no-bias-correction": _steady(
+        ", no bias correction", bias_correction=False
+    ),
+    "steady-came-no-clip": _steady(", no clip", update_clipping_threshold=0.0),
+    "steady-came-clip-0.5": _steady(", clip 0.5", update_clipping_threshold=0.5),
+    "steady-came-b2-0.99": _steady(", β2 0.99", b2=0.99),
+    "steady-came-b2-0.999": _steady(", β2 0.999", b2=0.999),
+    "steady-came-b3-0.999": _steady(", β3 0.999", b3=0.999),
+    "steady-came-eps2-0.01": _steady(", ε2 0.01", eps2=0.01),
+    "steady-came-eps2-1e-16": _steady(", ε2 1e-16", eps2=1e-16),
+}
+
+_BEFORE = {
     "b2": 0.95,
     "eps2": 0.1,
     "bias_correction": True,
     "update_clipping_threshold": 1.0,
 }
-AS_RECOMMENDED = "came-bc-b2-0.95-eps2-0.1-clip-1"
 
+# On the way from the published form to steady_came.
 STUDY = {
-    AS_RECOMMENDED: _came("CAME, recommended", 3e-3, **RECOMMENDED),
-    "came-bc-b2-0.95-clip-1": _came(
-        "CAME, bias-corrected, β2 0.95, update clip 1",
+    "came-bc-b2-0.95-eps2-0.1-clip-1": _published(
+        "bias-corrected, β2 0.95, ε2 0.1, update clip 1", 3e-3, **_BEFORE
+    ),
+    "came-bc": _published("bias-corrected", 3e-3, bias_correction=True),
+    "came-bc-clip-1": _published(
+        "bias-corrected, update clip 1",
+        3e-3,
+        bias_correction=True,
+        update_clipping_threshold=1.0,
+    ),
+    "came-bc-b2-0.95-clip-1": _published(
+        "bias-corrected, β2 0.95, update clip 1",
         3e-3,
         bias_correction=True,
         b2=0.95,
         update_clipping_threshold=1.0,
     ),
-    "came-clip-1": _came("CAME, update clip 1", 3e-3, update_clipping_threshold=1.0),
-    "came-b2-0.95-b3-0.995": _came("CAME, β2 0.95, β3 0.995", b2=0.95, b3=0.995),
-    "came-bc-b2-0.95-b3-0.995": _came(
-        "CAME, bias-corrected, β2 0.95, β3 0.995",
+    "came-clip-1": _published("update clip 1", 3e-3, update_clipping_threshold=1.0),
+    "came-b2-0.95-b3-0.995": _published("β2 0.95, β3 0.995", b2=0.95, b3=0.995),
+    "came-bc-b2-0.95-b3-0.995": _published(
+        "bias-corrected, β2 0.95, β3 0.995",
         3e-3,
         bias_correction=True,
         b2=0.95,
         b3=0.995,
     ),
-    "came-warmup-0": _came("CAME, no warmup", warmup=0.0),
-    "came-warmup-2": _came("CAME, warmup 2 %", warmup=0.02),
-    "came-b3-0.999": _came("CAME, β3 0.999", b3=0.999),
-    "came-b3-0.9995": _came("CAME, β3 0.9995", b3=0.9995),
-    "came-clip-0.5": _came(
-        "CAME, update clip 0.5", 3e-3, update_clipping_threshold=0.5
-    ),
-    "came-clip-2": _came("CAME, update clip 2", 3e-3, update_clipping_threshold=2.0),
+    "came-warmup-0": _published("no warmup", warmup=0.0),
+    "came-warmup-2": _published("warmup 2 %", warmup=0.02),
+    "came-b3-0.999": _published("β3 0.999", b3=0.999),
+    "came-b3-0.9995": _published("β3 0.9995", b3=0.9995),
+    "came-clip-0.5": _published("update clip 0.5", 3e-3, update_clipping_threshold=0.5),
+    "came-clip-2": _published("update clip 2", 3e-3, update_clipping_threshold=2.0),
 }
 
-STORAGE = {
-    f"came-{mu_dtype}": _came(
-        f"CAME, recommended, {mu_dtype} momentum",
-        3e-3,
-        **RECOMMENDED,
-        mu_dtype=mu_dtype,
-    )
-    for mu_dtype in ("bfloat16", "int8", "int4")
-}
-STORAGE["came-int8-bfloat16-params"] = dataclasses.replace(
-    STORAGE["came-int8"],
-    label="CAME, recommended, int8 momentum, bfloat16 parameters",
-    param_dtype="bfloat16",
-)
-
-METHODS = COMPARISON | STUDY | STORAGE
+METHODS = COMPARISON | STORAGE | ABLATIONS | STUDY

@@ -1,13 +1,16 @@
-"""Logs of runs: one small JSON-lines file each, there as a whole or not at all."""
+"""Logs of runs: a study is one file of JSON lines, a line a finished run.
+
+A line is there as a whole or not at all: it is appended by one write, and what follows
+the last line's end, where a machine stopped in the middle, counts for nothing.
+"""
 
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from pretraining.files import write_atomically
 
 # A rise of the mean loss of ten steps that counts as a spike, in nats.
 SPIKE = 0.2
@@ -18,13 +21,17 @@ class Run:
     """A finished run.
 
     Attributes:
-        about: The log's first line: method, learning rate, seed and settings.
-        rows: The lines after it: "step" with the mean training "loss" of the steps
-            since the last row, "validation_..." metrics, or how the run ended.
+        about: Method, learning rate, seed and settings.
+        rows: "step" with the mean training "loss" of the steps since the last row,
+            "validation_..." metrics, or how the run ended.
     """
 
     about: Mapping[str, Any]
     rows: Sequence[Mapping[str, Any]]
+
+    @property
+    def method(self) -> str:
+        return self.about["method"]
 
     @property
     def learning_rate(self) -> float:
@@ -61,24 +68,60 @@ class Run:
         return count
 
 
-def path(folder: Path, method: str, learning_rate: float, seed: int) -> Path:
-    """Returns where a run's log is or will be."""
-    return folder / "runs" / method / f"lr-{learning_rate:.2e}-seed-{seed}.jsonl"
+class Log:
+    """A study's finished runs, and what each method costs: `runs.jsonl` in its folder.
 
+    Several processes may add to it, each its own methods.
+    """
 
-def write(path: Path, run: Run) -> None:
-    """Writes a run's log."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(row) for row in (run.about, *run.rows)]
-    write_atomically(path, "\n".join(lines) + "\n")
+    def __init__(self, folder: Path):
+        self.path = folder / "runs.jsonl"
+        self._runs: dict[tuple[str, float, int], Run] = {}
+        self._costs: dict[str, Mapping[str, float]] = {}
+        for line in self._whole().splitlines():
+            row = json.loads(line)
+            if "cost" in row:
+                self._costs[row["method"]] = row["cost"]
+            else:
+                rows = row.pop("rows")
+                self._remember(Run(row, rows))
 
+    def find(self, method: str, learning_rate: float, seed: int) -> Run | None:
+        """Returns a run, None if it is not done yet."""
+        return self._runs.get((method, learning_rate, seed))
 
-def read(path: Path) -> Run:
-    """Reads a run's log."""
-    about, *rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return Run(about, rows)
+    def runs(self, method: str) -> list[Run]:
+        """Returns the runs of a method by learning rate and seed."""
+        runs = [run for run in self._runs.values() if run.method == method]
+        return sorted(runs, key=lambda run: (run.learning_rate, run.seed))
 
+    def cost(self, method: str) -> Mapping[str, float] | None:
+        """Returns what a method costs, None if that was not measured yet."""
+        return self._costs.get(method)
 
-def read_all(folder: Path, method: str) -> list[Run]:
-    """Reads all runs of a method."""
-    return [read(path) for path in sorted((folder / "runs" / method).glob("*.jsonl"))]
+    def add(self, run: Run) -> None:
+        """Adds a finished run."""
+        self._append({**run.about, "rows": run.rows})
+        self._remember(run)
+
+    def add_cost(self, method: str, cost: Mapping[str, float]) -> None:
+        """Adds what a method costs, whose runs are then all done."""
+        self._append({"method": method, "cost": cost})
+        self._costs[method] = cost
+
+    def _remember(self, run: Run) -> None:
+        self._runs[run.method, run.learning_rate, run.seed] = run
+
+    def _whole(self) -> str:
+        if not self.path.exists():
+            return ""
+        text = self.path.read_text(encoding="utf-8")
+        return text[: text.rfind("\n") + 1]
+
+    def _append(self, row: Mapping[str, Any]) -> None:
+        whole = len(self._whole().encode())
+        if self.path.exists() and self.path.stat().st_size > whole:
+            os.truncate(self.path, whole)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab", buffering=0) as file:
+            file.write(json.dumps(row).encode() + b"\n")

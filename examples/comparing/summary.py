@@ -2,16 +2,14 @@
 
 import collections
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
-from comparing import runs, search
+from comparing import search
 from comparing.methods import METHODS
-from comparing.runs import Run
+from comparing.runs import Log, Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +22,7 @@ class Summary:
         runs: At the best learning rate, one a seed.
         losses: Final losses of seed 0 by learning rate.
         good_range: Learning rates between which that is within 1 % of the best.
-        cost: State per parameter, times of an update and of a step.
+        cost: Parameters, and bytes of state for each.
     """
 
     name: str
@@ -74,19 +72,22 @@ class Summary:
         return (steps[k - 1] + part * (steps[k] - steps[k - 1])) / steps[-1]
 
     def minus(self, other: "Summary") -> tuple[float, float]:
-        """Returns the mean difference of final losses, seed by seed, and its error."""
+        """Returns the mean difference of final losses and its standard error.
+
+        Pairs are of the seeds that both have; of one pair the error is NaN.
+        """
         theirs = {run.seed: run.final() for run in other.runs}
-        pairs = [run.final() - theirs[run.seed] for run in self.runs]
-        return float(np.mean(pairs)), float(np.std(pairs, ddof=1) / len(pairs) ** 0.5)
+        pairs = [r.final() - theirs[r.seed] for r in self.runs if r.seed in theirs]
+        return float(np.mean(pairs)), spread(pairs) / len(pairs) ** 0.5
 
 
-def summarize(folder: Path, name: str) -> Summary | None:
+def summarize(log: Log, name: str) -> Summary | None:
     """Returns a method's results, None unless all its runs are done."""
-    cost = folder / "runs" / name / "cost.json"
-    if not cost.exists():
+    cost = log.cost(name)
+    if cost is None:
         return None
     logs = collections.defaultdict(list)
-    for run in runs.read_all(folder, name):
+    for run in log.runs(name):
         logs[search.index_of(run.learning_rate)].append(run)
     sweep = {index: logs[index][0].final() for index in sorted(logs)}
     best = search.best_mean({k: [run.final() for run in logs[k]] for k in logs})
@@ -96,8 +97,13 @@ def summarize(folder: Path, name: str) -> Summary | None:
         logs[best],
         {search.learning_rate(index): loss for index, loss in sweep.items()},
         search.good_range(sweep),
-        json.loads(cost.read_text(encoding="utf-8")),
+        cost,
     )
+
+
+def spread(values: Sequence[float] | np.ndarray) -> float:
+    """Returns the standard deviation over seeds, NaN if there is only one."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
 def best_of(summaries: Sequence[Summary], optimizer: str) -> Summary | None:

@@ -3,14 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
-from comparing.summary import Summary, best_of
+from comparing.methods import REFERENCE
+from comparing.summary import Summary, best_of, spread
 
 # In a second table, which keeps the first one as wide as a page.
 DETAILS = (
     "learning rates within 1 %",
-    "update / step time",
     "largest update RMS / lr",
     "spikes",
     "learning rates tried",
@@ -22,11 +20,15 @@ def make_tables(summaries: Sequence[Summary], known: Sequence[Summary]) -> str:
 
     Args:
         summaries: The rows.
-        known: All methods, among which are the AdamW and the Adafactor to compare with.
+        known: All methods, among which are those to compare with.
     """
-    adamw, adafactor = best_of(known, "adamw"), best_of(known, "adafactor")
+    others = {
+        name: best_of(known, optimizer)
+        for name, optimizer in {"AdamW": "adamw", "Adafactor": "adafactor"}.items()
+    }
+    reference = {summary.name: summary for summary in known}.get(REFERENCE)
     rows = [
-        _row(summary, adamw, adafactor)
+        _row(summary, reference or others["AdamW"], others)
         for summary in sorted(summaries, key=lambda s: s.finals().mean())
     ]
     names = [name for name in rows[0] if name not in DETAILS]
@@ -41,37 +43,34 @@ def _format(rows: Sequence[Mapping[str, str]], names: Sequence[str]) -> str:
 
 def _row(
     summary: Summary,
-    adamw: Summary | None,
-    adafactor: Summary | None,
+    reference: Summary | None,
+    others: Mapping[str, Summary | None],
 ) -> dict[str, str]:
     row = {"": summary.label, "best learning rate": f"{summary.learning_rate:.1e}"}
     for metric in summary.metrics:
         scale, digits = (100, 1) if metric.endswith("accuracy") else (1, 3)
         name = metric.replace("_", " ") + (" (%)" if scale == 100 else "")
         finals = scale * summary.finals(metric)
-        row[name] = f"{finals.mean():.{digits}f} ± {_spread(finals):.{digits}f}"
-    if adamw is not None:
-        mean, error = summary.minus(adamw)
-        row["loss − AdamW's"] = "" if summary is adamw else f"{mean:+.3f} ± {error:.3f}"
+        row[name] = f"{finals.mean():.{digits}f} ± {spread(finals):.{digits}f}"
+    row["seeds"] = str(len(summary.runs))
+    if reference is not None:
+        mean, error = summary.minus(reference)
+        row[f"loss − {reference.label}'s"] = (
+            "" if summary is reference else f"{mean:+.3f} ± {error:.3f}"
+        )
     row["learning rates within 1 %"] = (
         f"{summary.good_range[0]:.1e} to {summary.good_range[1]:.1e} "
         f"({summary.width:.1f}×)"
     )
-    for name, other in ("AdamW", adamw), ("Adafactor", adafactor):
+    for name, other in others.items():
         if other is not None:
             part = summary.steps_to(other.finals().mean())
             row[f"steps to {name}'s loss"] = (
                 "not reached" if math.isnan(part) else f"{part:.2f}"
             )
     row["state bytes / parameter"] = f"{summary.cost['state_bytes_per_parameter']:.2f}"
-    share = summary.cost["update_ms"] / summary.cost["step_ms"]
-    row["update / step time"] = f"{100 * share:.0f} %"
     largest = [run.largest_update for run in summary.runs]
     row["largest update RMS / lr"] = f"{max(largest):.2f}"
     row["spikes"] = str(sum(run.spikes() for run in summary.runs))
     row["learning rates tried"] = str(len(summary.losses))
     return row
-
-
-def _spread(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan

@@ -19,11 +19,7 @@ from comparing.runs import Run
 from pretraining.data import pipeline
 from pretraining.task import Task, with_param_dtype
 from pretraining.training import devices
-from pretraining.training.optimizers import (
-    OptimizerOptions,
-    make_optimizer,
-    make_schedule,
-)
+from pretraining.training.optimizers import OptimizerOptions, make_schedule
 from pretraining.training.step import (
     TrainState,
     make_eval_step,
@@ -60,7 +56,7 @@ class Trainer:
             def schedule(count: jax.Array) -> jax.Array:
                 return peak * shape(count)
 
-            update_rule = make_optimizer(self.options, schedule)
+            update_rule = method.make(self.options, schedule)
             return optax.chain(update_rule, record_largest_update(schedule))
 
         # In the state, so that another learning rate is no reason to compile anew.
@@ -123,40 +119,16 @@ class Trainer:
             end["largest_update"] = round(largest, 4)
         return Run(about, [*rows, end])
 
-    def measure_cost(self) -> dict[str, float]:
-        """Returns the optimizer's state per parameter and its share of a step's time.
-
-        Times are the shortest of several, as anything else that the machine does only
-        makes them longer.
-        """
-        state = self._init(jnp.int32(0), jnp.float32(1e-3))
-        batches = self._stack(
-            pipeline.train_batches(self.task, self.settings.batch_size, 0)
+    def cost(self) -> dict[str, float]:
+        """Returns the model's parameters and the optimizer's state for each of them."""
+        params = jax.eval_shape(
+            lambda: nnx.state(self.task.make_model(nnx.Rngs(0)), nnx.Param)
         )
         schedule = make_schedule(self.options, self.settings.steps)
-        tx = make_optimizer(self.options, schedule)
-        params = jax.tree.map(jnp.copy, state.params)
-
-        @jax.jit
-        def update(grads: Any, opt_state: Any, params: Any) -> Any:
-            updates, opt_state = tx.update(grads, opt_state, params)
-            return optax.apply_updates(params, updates), opt_state
-
-        grads, opt_state = jax.tree.map(jnp.ones_like, params), tx.init(params)
-        step_times, update_times = [], []
-        for _ in range(150):
-            began = time.perf_counter()
-            jax.block_until_ready(update(grads, opt_state, params))
-            update_times.append(time.perf_counter() - began)
-            began = time.perf_counter()
-            state, _ = jax.block_until_ready(self._train_steps(state, batches))
-            step_times.append((time.perf_counter() - began) / self.settings.log_every)
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+        memory = state_memory(self.method.make(self.options, schedule), params)
         return {
-            "parameters": parameters,
-            "state_bytes_per_parameter": state_memory(tx, params).bytes_per_param,
-            "step_ms": round(1e3 * min(step_times), 3),
-            "update_ms": round(1e3 * min(update_times), 3),
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+            "state_bytes_per_parameter": memory.bytes_per_param,
         }
 
     def _stack(self, batches: Iterator[Any]) -> Any:

@@ -1,5 +1,6 @@
 """The comparison of optimizers: fair search, honest summaries, runs that resume."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -10,10 +11,9 @@ import pytest
 from flax import nnx
 
 import compare_optimizers
-from came_optax import state_memory
-from comparing import runs, search
+from comparing import search
 from comparing.methods import METHODS
-from comparing.runs import Run
+from comparing.runs import Log, Run
 from comparing.summary import Summary, summarize
 from comparing.table import make_tables
 from comparing.trainer import Settings, Trainer, record_largest_update
@@ -101,7 +101,8 @@ def make_run(losses, seed: int = 0, end=None, validation=(3.0, 2.0, 1.0)) -> Run
         {"step": 10 * k, "validation_loss": loss} for k, loss in enumerate(validation)
     ]
     end = {"step": 30, "largest_update": 1.0} | (end or {})
-    return Run({"learning_rate": 1e-3, "seed": seed}, [*rows, end])
+    about = {"method": "mock", "learning_rate": 1e-3, "seed": seed}
+    return Run(about, [*rows, end])
 
 
 @pytest.mark.parametrize(
@@ -129,7 +130,7 @@ def make_summary(name: str, finals) -> Summary:
         make_run([2.0], seed, validation=(3.0, 2.0, final))
         for seed, final in enumerate(finals)
     ]
-    cost = {"state_bytes_per_parameter": 8.0, "update_ms": 1.0, "step_ms": 10.0}
+    cost = {"state_bytes_per_parameter": 8.0}
     return Summary(name, name, logs, {1e-3: finals[0]}, (1e-3, 2e-3), cost)
 
 
@@ -142,6 +143,19 @@ def test_steps_to_a_loss_and_paired_difference():
     assert math.isnan(summary.steps_to(1.0))
     mean, error = summary.minus(make_summary("adamw", [0.9, 1.0]))
     assert (mean, error) == pytest.approx((0.15, 0.05))
+    # Only seeds that both have.
+    mean, error = summary.minus(make_summary("adamw", [0.9]))
+    assert mean == pytest.approx(0.1)
+    assert math.isnan(error)
+
+
+def table(summaries: list[Summary]) -> tuple[list[dict[str, str]], str]:
+    """Returns the rows of the first table by column, and the second."""
+    results, details = make_tables(summaries, summaries).split("\n\n")
+    head, _, *lines = results.splitlines()
+    columns = [column.strip() for column in head.split("|")]
+    cells = [[cell.strip() for cell in line.split("|")] for line in lines]
+    return [dict(zip(columns, row, strict=True)) for row in cells], details
 
 
 def test_table_compares_with_the_better_adamw():
@@ -150,15 +164,59 @@ def test_table_compares_with_the_better_adamw():
         make_summary("adamw-b2-0.999", [0.9, 1.1]),
         make_summary("came", [0.8, 1.0]),
     ]
-    results, details = make_tables(summaries, summaries).split("\n\n")
-    head, _, *lines = results.splitlines()
-    columns = [column.strip() for column in head.split("|")]
-    rows = [dict(zip(columns, line.split("|"), strict=True)) for line in lines]
-    differences = [row["loss − AdamW's"].strip() for row in rows]
+    rows, details = table(summaries)
+    differences = [row["loss − adamw-b2-0.999's"] for row in rows]
     assert differences == ["-0.100 ± 0.000", "", "+0.100 ± 0.000"]
-    assert rows[0]["validation loss"].strip() == "0.900 ± 0.141"
-    assert rows[2]["steps to AdamW's loss"].strip() == "not reached"
-    assert "| spikes |" in details and len(details.splitlines()) == 2 + len(lines)
+    assert rows[0]["validation loss"] == "0.900 ± 0.141"
+    assert rows[0]["seeds"] == "2"
+    assert rows[2]["steps to AdamW's loss"] == "not reached"
+    assert "| spikes |" in details and len(details.splitlines()) == 2 + len(rows)
+
+
+def test_table_compares_with_steady_came_where_it_is():
+    summaries = [
+        make_summary("steady-came", [0.7, 0.9]),
+        make_summary("adamw", [1.0, 1.3]),
+    ]
+    differences = [row["loss − steady-came's"] for row in table(summaries)[0]]
+    assert differences == ["", "+0.350 ± 0.050"]
+
+
+def test_log_keeps_what_was_added(tmp_path):
+    log = Log(tmp_path / "study")
+    first, second = make_run([2.0, 1.5], seed=1), make_run([3.0])
+    log.add(first)
+    Log(tmp_path / "study").add(second)  # By another process.
+    log.add_cost("mock", {"parameters": 3})
+    again = Log(tmp_path / "study")
+    assert again.runs("mock") == [second, first]
+    assert again.find("mock", 1e-3, 1) == first
+    assert again.find("mock", 1e-3, 2) is None
+    assert again.runs("other") == []
+    assert again.cost("mock") == {"parameters": 3}
+    assert again.cost("other") is None
+
+
+def test_log_drops_a_line_that_was_cut_short(tmp_path):
+    first, second = make_run([2.0]), make_run([3.0], seed=1)
+    log = Log(tmp_path)
+    log.add(first)
+    whole = log.path.read_bytes()
+    log.add(second)
+    log.path.write_bytes(log.path.read_bytes()[:-3])
+    again = Log(tmp_path)
+    assert again.runs("mock") == [first]
+    again.add(second)
+    assert Log(tmp_path).runs("mock") == [first, second]
+    assert log.path.read_bytes().startswith(whole)
+
+
+def test_what_is_not_installed_is_left_out(task: Task, tmp_path, monkeypatch, capsys):
+    absent = dataclasses.replace(METHODS["came"], package="not_there")
+    monkeypatch.setitem(METHODS, "came", absent)
+    compare(task, tmp_path)
+    assert "came: left out, needs the package not_there" in capsys.readouterr().out
+    assert not (tmp_path / "runs.jsonl").exists()
 
 
 def test_run_equals_plain_training(task: Task):
@@ -224,8 +282,9 @@ def test_optimizers_train_and_keep_what_they_should(
     (_, first), (_, last) = trainer.run(1e-2, 0, {}).curve("loss")
     assert last < first
     params = jax.eval_shape(lambda: nnx.state(task.make_model(nnx.Rngs(0)), nnx.Param))
-    tx = make_optimizer(trainer.options, make_schedule(trainer.options, 20))
-    assert least <= state_memory(tx, params).bytes_per_param <= most + 0.1
+    cost = trainer.cost()
+    assert least <= cost["state_bytes_per_parameter"] <= most + 0.1
+    assert cost["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def compare(task: Task, folder, *arguments: str) -> None:
@@ -239,26 +298,27 @@ def compare(task: Task, folder, *arguments: str) -> None:
 
 def test_comparison_resumes_with_what_is_missing(task: Task, tmp_path, monkeypatch):
     compare(task, tmp_path)
-    logs = sorted((tmp_path / "runs" / "came").glob("*.jsonl"))
-    times = {path: path.stat().st_mtime_ns for path in logs}
-    summary = summarize(tmp_path, "came")
+    log = Log(tmp_path)
+    summary = summarize(log, "came")
     assert [run.seed for run in summary.runs] == [0, 1]
-    assert len(summary.losses) == sum("seed-0" in path.name for path in logs) >= 4
-    assert 0 < summary.cost["update_ms"]
+    seeds = [run.seed for run in log.runs("came")]
+    assert len(summary.losses) == seeds.count(0) >= 4
     assert 4 < summary.cost["state_bytes_per_parameter"] < 5.5
     table = (tmp_path / "comparison.md").read_text()
-    assert "| CAME |" in table
+    assert "| CAME, as published |" in table
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
 
-    missing = runs.path(tmp_path, "came", summary.learning_rate, 1)
-    content = missing.read_text()
-    missing.unlink()
+    before = log.path.read_text().splitlines()
+    (missing,) = [k for k, line in enumerate(before) if '"seed": 1' in line]
+    kept = before[:missing] + before[missing + 1 :]
+    log.path.write_text("".join(f"{line}\n" for line in kept))
     compare(task, tmp_path)
-    again = [json.loads(line) for line in missing.read_text().splitlines()]
-    before = [json.loads(line) for line in content.splitlines()]
-    assert again[:-1] == before[:-1]  # Bit for bit, but for the time taken.
-    times.pop(missing)
-    assert all(path.stat().st_mtime_ns == then for path, then in times.items())
+    *others, added = log.path.read_text().splitlines()
+    assert others == kept
+    before, added = json.loads(before[missing]), json.loads(added)
+    # Bit for bit, but for the time taken.
+    assert before["rows"].pop()["step"] == added["rows"].pop()["step"]
+    assert added == before
 
     monkeypatch.setattr(compare_optimizers, "Trainer", None)  # Nothing left to train.
     compare(task, tmp_path)
