@@ -1,6 +1,7 @@
 """CAME (Luo et al., ACL 2023) as a composable Optax gradient transformation."""
 
-from came_optax._came import came, scale_by_came, steady_came
+from came_optax._came import ScaleByCameState, came, scale_by_came, steady_came
+from came_optax._codes import Codes
 from came_optax._confidence import ScaleByConfidenceState, scale_by_confidence
 from came_optax._factored_moment import (
     ScaleByFactoredMomentState,
@@ -16,6 +17,7 @@ from came_optax._factoring import (
     Stacked,
 )
 from came_optax._memory import StateMemory, state_memory
+from came_optax._quantized_ema import QuantizedEmaState, quantized_ema
 from came_optax._sharding import state_sharding
 from came_optax._stochastic_rounding import stochastic_apply_updates
 from came_optax._version import __version__
@@ -23,16 +25,20 @@ from came_optax._version import __version__
 __all__ = [
     "BalancedSplit",
     "ByPath",
+    "Codes",
     "FactoredAxes",
     "FactoringRule",
     "LargestTwoAxes",
     "LastTwoAxes",
+    "QuantizedEmaState",
+    "ScaleByCameState",
     "ScaleByConfidenceState",
     "ScaleByFactoredMomentState",
     "Stacked",
     "StateMemory",
     "__version__",
     "came",
+    "quantized_ema",
     "scale_by_came",
     "scale_by_confidence",
     "scale_by_factored_moment",

@@ -6,10 +6,10 @@ must name fewer. Boxes are known by their methods, as this package does without 
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from came_optax._sharding import trace_init
@@ -18,51 +18,50 @@ from came_optax._sharding import trace_init
 _NNX_NAMES = ("out_sharding", "sharding_names", "optimizer_sharding")
 
 
-def unboxed(
-    tx: optax.GradientTransformationExtraArgs,
-) -> optax.GradientTransformationExtraArgs:
-    """Lets a transformation of arrays take boxed ones, and boxes its state alike.
+def unbox(tree: Any) -> Any:
+    """Returns the tree with arrays in place of boxes."""
+    return jax.tree.map(
+        lambda x: jax.tree.leaves(x)[0] if _is_box(x) else x, tree, is_leaf=_is_box
+    )
+
+
+def box_like(boxed: Any, arrays: Any) -> Any:
+    """Returns the leaves of ``arrays`` in the boxes of a tree that was unboxed."""
+    return jax.tree.unflatten(jax.tree.structure(boxed), jax.tree.leaves(arrays))
+
+
+def box_state(params: Any, init: Callable[[Any], Any]) -> Any:
+    """Returns the state of parameters, in boxes like theirs.
 
     Args:
-      tx: a transformation whose state is a tuple of NamedTuples of trees that have the
-        parameters' structure, or are single arrays named ``count``.
+      params: the parameters, boxed or not.
+      init: makes, of parameters without boxes, a NamedTuple of trees that have their
+        structure (a leaf may be several arrays) and of an array named ``count``.
     """
+    arrays = unbox(params)
+    state: Any = init(arrays)
+    if not any(map(_is_box, jax.tree.leaves(params, is_leaf=_is_box))):
+        return state
+    axes = jax.tree.map(lambda p: PartitionSpec(*map(str, range(p.ndim))), arrays)
+    _, axes_of_state = trace_init(init, arrays, axes)
 
-    def init_fn(params: optax.Params) -> Any:
-        arrays = _unbox(params)
-        state: Any = tx.init(arrays)
-        if not any(map(_is_box, jax.tree.leaves(params, is_leaf=_is_box))):
-            return state
-        axes = jax.tree.map(lambda p: PartitionSpec(*map(str, range(p.ndim))), arrays)
-        _, axes_of_state = trace_init(tx.init, arrays, axes)
+    def box_leaf(box: Any, leaf: Any, axes: Any) -> Any:
+        if not _is_box(box):
+            return leaf
+        return jax.tree.map(lambda x, a: _rebox(box, x, a), leaf, axes)
 
-        def box_leaf(box: Any, statistics: Any, axes: Any) -> Any:
-            if not _is_box(box):
-                return statistics
-            return jax.tree.map(lambda x, a: _rebox(box, x, a), statistics, axes)
-
-        def box_field(name: str, tree: Any, axes: Any) -> Any:
-            if name == "count":
-                return tree
-            return jax.tree.map(box_leaf, params, tree, axes, is_leaf=_is_box)
-
-        def box_state(state: Any, axes: Any) -> Any:
-            return type(state)(*map(box_field, state._fields, state, axes))
-
-        return tuple(map(box_state, state, axes_of_state))
-
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, Any]:
-        new_updates, new_state = tx.update(
-            _unbox(updates), _unbox(state), _unbox(params), **extra_args
+    trees = {
+        name: jax.tree.map(
+            box_leaf,
+            params,
+            getattr(state, name),
+            getattr(axes_of_state, name),
+            is_leaf=_is_box,
         )
-        return _boxed_like(updates, new_updates), _boxed_like(state, new_state)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+        for name in state._fields
+        if name != "count"
+    }
+    return state._replace(**trees)
 
 
 def _is_linen_box(x: Any) -> bool:
@@ -76,18 +75,6 @@ def _is_nnx_variable(x: Any) -> bool:
 def _is_box(x: Any) -> bool:
     is_box = _is_linen_box(x) or _is_nnx_variable(x)
     return is_box and len(jax.tree.leaves(x)) == 1
-
-
-def _unbox(tree: Any) -> Any:
-    """Returns the tree with arrays in place of boxes."""
-    return jax.tree.map(
-        lambda x: jax.tree.leaves(x)[0] if _is_box(x) else x, tree, is_leaf=_is_box
-    )
-
-
-def _boxed_like(boxed: Any, arrays: Any) -> Any:
-    """Returns the leaves of ``arrays`` in the boxes of a tree that was unboxed."""
-    return jax.tree.unflatten(jax.tree.structure(boxed), jax.tree.leaves(arrays))
 
 
 def _rebox(box: Any, x: jax.Array, axes: PartitionSpec) -> Any:

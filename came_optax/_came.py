@@ -2,21 +2,56 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
+from came_optax._algorithm import Hyperparameters
+from came_optax._boxes import unbox
 from came_optax._checks import (
+    check_decay,
+    check_epsilon,
+    check_flag,
     check_mask,
     check_scalar,
     check_threshold,
 )
-from came_optax._confidence import confidence
-from came_optax._factored_moment import factored_moment
 from came_optax._factoring import FactoringRule, LastTwoAxes
-from came_optax._leafwise import chained
-from came_optax._precision import in_full_precision
+from came_optax._momentum import MuDtype, dtype_name
+from came_optax._transformation import Rule, transformation
+
+
+class ScaleByCameState(NamedTuple):
+    """State of :func:`scale_by_came`, and the first part of :func:`came`'s.
+
+    The trees have the parameters' structure. Statistics are float32 (float64 for
+    float64 and complex128 parameters); a leaf holds zeros of shape (1,) for what it
+    lacks.
+
+    Attributes:
+      count: number of updates so far; shape (), int32.
+      v_row: factored leaves: mean of ``|g|²`` over ``col`` axes; the leaf's shape
+        without them.
+      v_col: factored leaves: mean of ``|g|²`` over ``row`` axes; the leaf's shape
+        without them.
+      v: other leaves: ``|g|²``; the leaf's shape.
+      mu: first moment of the updates: an array of the leaf's shape in the dtype that
+        ``mu_dtype`` says, or with ``"int8"`` and ``"int4"`` :class:`Codes`.
+      s_row: factored leaves: mean of the instability ``|u − m|²`` over ``col`` axes;
+        the leaf's shape without them.
+      s_col: factored leaves: mean of the instability over ``row`` axes; the leaf's
+        shape without them.
+    """
+
+    count: jax.typing.ArrayLike  # type: ignore[assignment]  # hides tuple.count
+    v_row: optax.Updates
+    v_col: optax.Updates
+    v: optax.Updates
+    mu: optax.Updates
+    s_row: optax.Updates
+    s_col: optax.Updates
 
 
 def scale_by_came(
@@ -28,7 +63,7 @@ def scale_by_came(
     clipping_threshold: jax.typing.ArrayLike | None = 1.0,
     *,
     factoring: FactoringRule = LastTwoAxes(),
-    mu_dtype: str = "float32",
+    mu_dtype: MuDtype = None,
     nesterov: bool = False,
     bias_correction: bool = False,
     update_clipping_threshold: jax.typing.ArrayLike | None = None,
@@ -67,22 +102,24 @@ def scale_by_came(
     References:
       Luo et al., `CAME <https://arxiv.org/abs/2307.02047>`_, 2023.
     """
-    check_threshold("clipping_threshold", clipping_threshold)
-    check_threshold("update_clipping_threshold", update_clipping_threshold)
-    inner = chained(
-        factored_moment(b2, eps1, clipping_threshold, bias_correction=bias_correction),
-        confidence(
-            b1,
-            b3,
-            eps2,
-            update_clipping_threshold,
-            mu_dtype=mu_dtype,
-            nesterov=nesterov,
-            bias_correction=bias_correction,
-        ),
-        factoring=factoring,
+    return transformation(
+        _rule(
+            "scale_by_came",
+            Hyperparameters(
+                b1,
+                b2,
+                b3,
+                eps1,
+                eps2,
+                clipping_threshold,
+                update_clipping_threshold,
+                nesterov,
+            ),
+            bias_correction,
+            factoring,
+            mu_dtype,
+        )
     )
-    return in_full_precision(inner)
 
 
 def came(
@@ -97,7 +134,7 @@ def came(
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
     factoring: FactoringRule = LastTwoAxes(),
-    mu_dtype: str = "float32",
+    mu_dtype: MuDtype = None,
     nesterov: bool = False,
     bias_correction: bool = False,
     update_clipping_threshold: jax.typing.ArrayLike | None = None,
@@ -181,31 +218,30 @@ def came(
       Luo et al., `CAME: Confidence-guided Adaptive Memory Efficient Optimization
       <https://arxiv.org/abs/2307.02047>`_, ACL 2023.
     """
-    scaled = scale_by_came(
-        b1,
-        b2,
-        b3,
-        eps1,
-        eps2,
-        clipping_threshold,
-        factoring=factoring,
-        mu_dtype=mu_dtype,
-        nesterov=nesterov,
-        bias_correction=bias_correction,
-        update_clipping_threshold=update_clipping_threshold,
+    rule = _rule(
+        "came",
+        Hyperparameters(
+            b1,
+            b2,
+            b3,
+            eps1,
+            eps2,
+            clipping_threshold,
+            update_clipping_threshold,
+            nesterov,
+        ),
+        bias_correction,
+        factoring,
+        mu_dtype,
     )
     check_scalar("weight_decay", weight_decay, at_least=0, below=math.inf)
-    decays = not isinstance(weight_decay, int | float) or weight_decay != 0
     if not callable(learning_rate):
         check_scalar("learning_rate", learning_rate, at_least=0, below=math.inf)
-    inner = optax.chain(
-        scaled,
-        optax.add_decayed_weights(weight_decay, _checked_mask(weight_decay_mask))
-        if decays
-        else optax.identity(),
+    return transformation(
+        rule,
+        _add_decayed_weights(weight_decay, weight_decay_mask),
         optax.scale_by_learning_rate(learning_rate),
     )
-    return in_full_precision(inner)
 
 
 def steady_came(
@@ -220,7 +256,7 @@ def steady_came(
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
     factoring: FactoringRule = LastTwoAxes(),
-    mu_dtype: str = "float32",
+    mu_dtype: MuDtype = None,
     nesterov: bool = True,
     bias_correction: bool = True,
     update_clipping_threshold: jax.typing.ArrayLike | None = 1.0,
@@ -247,14 +283,69 @@ def steady_came(
     )
 
 
-def _checked_mask(mask: Any) -> Callable[[Any], Any] | None:
-    """Returns a mask that says what is wrong with it, for ``optax.masked``."""
-    if mask is None:
-        return None
+def _rule(
+    made_by: str,
+    h: Hyperparameters,
+    bias_correction: bool,
+    factoring: FactoringRule,
+    mu_dtype: MuDtype,
+) -> Rule:
+    """Returns what is done to every leaf.
 
-    def checked(params: Any) -> Any:
+    Raises:
+      ValueError: a hyperparameter is out of range.
+      TypeError: one is no number.
+    """
+    for name in ("b1", "b2", "b3"):
+        check_decay(name, getattr(h, name))
+    for name in ("eps1", "eps2"):
+        check_epsilon(name, getattr(h, name))
+    check_threshold("clipping_threshold", h.clip)
+    check_threshold("update_clipping_threshold", h.update_clip)
+    check_flag("nesterov", h.nesterov)
+    check_flag("bias_correction", bias_correction)
+    return Rule(
+        made_by, ScaleByCameState, h, bias_correction, factoring, dtype_name(mu_dtype)
+    )
+
+
+def _add_decayed_weights(
+    weight_decay: Any, mask: Any
+) -> optax.GradientTransformationExtraArgs:
+    """``optax.add_decayed_weights`` of updates wider than the parameters.
+
+    The mask, or what it returns for the parameters, is checked.
+    """
+
+    def masks(params: optax.Params) -> Any:
         tree = mask(params) if callable(mask) else mask
         check_mask("weight_decay_mask", tree, params)
-        return tree
+        return jax.tree.broadcast(unbox(tree), unbox(params))
 
-    return checked
+    def init_fn(params: optax.Params) -> Any:
+        if mask is not None and jax.tree.leaves(params):
+            masks(params)
+        return optax.EmptyState()
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **_: Any
+    ) -> tuple[optax.Updates, Any]:
+        if isinstance(weight_decay, int | float) and weight_decay == 0:
+            return updates, state
+        if params is None:
+            raise ValueError(
+                f"weight_decay={weight_decay!r} needs the parameters: call "
+                "update(grads, state, params); you are not passing `params`"
+            )
+
+        def decay(u: jax.Array, p: Any, decays: Any = True) -> jax.Array:
+            return (
+                u + jnp.asarray(weight_decay, u.dtype) * p.astype(u.dtype)
+                if decays
+                else u
+            )
+
+        given = () if mask is None else (masks(params),)
+        return jax.tree.map(decay, updates, unbox(params), *given), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

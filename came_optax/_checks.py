@@ -1,5 +1,6 @@
 """Errors that name the argument or the leaf, the value given and what is allowed."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -117,13 +118,19 @@ def check_inexact(what: str, tree: Any) -> None:
     jax.tree.map_with_path(check, tree)
 
 
-def check_same_leaves(what: str, tree: Any, other_what: str, other: Any) -> None:
+def check_same_leaves(
+    what: str,
+    tree: Any,
+    other_what: str,
+    other: Any,
+    is_leaf: Callable[[Any], bool] | None = None,
+) -> None:
     """Raises if two trees differ in structure."""
-    structures: list[Any] = [jax.tree.structure(t) for t in (tree, other)]
+    structures: list[Any] = [jax.tree.structure(t, is_leaf) for t in (tree, other)]
     if structures[0] == structures[1]:
         return
     paths, other_paths = (
-        {path_name(path) for path, _ in jax.tree.leaves_with_path(t)}
+        {path_name(path) for path, _ in jax.tree.leaves_with_path(t, is_leaf)}
         for t in (tree, other)
     )
     if paths - other_paths:
@@ -156,7 +163,14 @@ def check_params(params: Any, updates: Any) -> None:
 def check_state(state: Any, cls: type, made_by: str) -> None:
     """Raises unless ``state`` is a ``cls``."""
     if not isinstance(state, cls):
+        hint = ""
+        if type(state) in (tuple, list, dict):
+            hint = (
+                "; restore checkpoints into what init makes, and finish runs of "
+                "came-optax 0.1, whose states have another form, with 0.1, or start "
+                "a new state from their parameters"
+            )
         raise TypeError(
             f"the state of {made_by} must be a {cls.__name__} as made by init, got a "
-            f"{type(state).__name__}"
+            f"{type(state).__name__}{hint}"
         )

@@ -3,19 +3,18 @@
 import collections
 import dataclasses
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import optax
-from jax.tree_util import GetAttrKey
 
+from came_optax._arrays import owner
 from came_optax._checks import KeyPath, Shape, path_name
 from came_optax._factoring import FactoringRule, Stacked
 from came_optax._smaller import smaller_rules
 
 _OTHER = "(other)"  # Counters, hyperparameters and such, which belong to no parameter.
-_CODES = ("values", "row_scale", "col_scale")  # What a leaf in 8 or 4 bits is kept as.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,8 +151,8 @@ def state_memory(tx: optax.GradientTransformation, params: Any) -> StateMemory:
     largest: collections.Counter[str] = collections.Counter()
     of_field: dict[str, dict[str, Shape]] = collections.defaultdict(dict)
     for path, x in jax.tree.leaves_with_path(jax.eval_shape(tx.init, params)):
-        owner, field = _owner(path, leaves)
-        leaf, module = names[owner]
+        param, field = owner(path, leaves)
+        leaf, module = names[param]
         by_leaf[leaf] += _bytes(x)
         by_module[module] += _bytes(x)
         by_dtype[str(x.dtype)] += _bytes(x)
@@ -194,22 +193,6 @@ def state_memory(tx: optax.GradientTransformation, params: Any) -> StateMemory:
 
 def _bytes(x: Any) -> int:
     return int(x.size) * int(x.dtype.itemsize)
-
-
-def _owner(path: KeyPath, params: Container[KeyPath]) -> tuple[KeyPath | None, str]:
-    """Returns a state array's parameter, and the name of the field that it is part of.
-
-    The parameter's path is the longest end of the array's path that is one, but for the
-    last key of codes and their scales.
-    """
-    if isinstance(path[-1], GetAttrKey) and path[-1].name in _CODES:
-        owner, field = _owner(path[:-1], params)
-        if owner is not None:
-            return owner, field
-    for start in range(len(path) + 1):
-        if path[start:] in params:
-            return path[start:], path_name(path[start - 1 : start])
-    return None, ""
 
 
 def _shared_keys(paths: Sequence[KeyPath]) -> int:

@@ -7,6 +7,7 @@ import jax
 import optax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+from came_optax._arrays import owner
 from came_optax._checks import KeyPath, path_name
 
 
@@ -20,7 +21,9 @@ def state_sharding(
     and placeholders are replicated. Works for any transformation whose ``init`` derives
     its arrays from the parameters (``jnp.zeros_like``, means, and so on), however
     wrapped: ``optax.chain``, ``masked``, ``partition``, ``MultiSteps``,
-    ``inject_hyperparams``. What ``init`` makes from a bare shape is replicated.
+    ``inject_hyperparams``. What ``init`` makes from a bare shape is replicated. Arrays
+    of a parameter that is in another kind of memory, such as ``"pinned_host"``, are
+    there too.
 
     For meshes with ``Auto`` axes; on ``Explicit`` axes, ``jax.make_mesh``'s default in
     newer releases of JAX, the state follows its parameters by itself. Inside
@@ -71,11 +74,22 @@ def state_sharding(
     if not meshes:
         return state_specs
     mesh = meshes.pop()
+    kinds_of_memory = {
+        path: sharding.memory_kind
+        for path, sharding in zip(
+            dict(jax.tree.leaves_with_path(params)),
+            jax.tree.leaves(shardings),
+            strict=True,
+        )
+    }
 
-    def place(x: jax.ShapeDtypeStruct, spec: PartitionSpec) -> NamedSharding:
-        return NamedSharding(mesh, _dividing(spec, x.shape, mesh.shape))
+    def place(path: KeyPath, x: Any, spec: PartitionSpec) -> NamedSharding:
+        kind = kinds_of_memory.get(owner(path, kinds_of_memory)[0] or path)
+        return NamedSharding(
+            mesh, _dividing(spec, x.shape, mesh.shape), memory_kind=kind
+        )
 
-    return jax.tree.map(place, state, state_specs)
+    return jax.tree.map_with_path(place, state, state_specs)
 
 
 def trace_init(init: Callable[[Any], Any], params: Any, specs: Any) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""Parameter updates that narrow floats neither lose nor, on average, bend."""
+"""Parameter updates rounded stochastically, so that narrow floats keep their mean."""
 
 import itertools
 from typing import Any
@@ -77,12 +77,15 @@ def stochastic_apply_updates(
 def _round(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
     """Rounds float32 to one of its two neighbours in ``dtype``."""
     nearest = x.astype(dtype)
-    outwards = jnp.where(x < 0, -jnp.inf, jnp.inf).astype(dtype)
+    largest = jnp.finfo(dtype).max
+    outwards = jnp.where(x < 0, -largest, largest)
     beyond = jnp.abs(nearest).astype(x.dtype) > jnp.abs(x)
     inner = jnp.where(beyond, jnp.nextafter(nearest, jnp.zeros_like(nearest)), nearest)
     outer = jnp.nextafter(inner, outwards)
-    gap = outer.astype(x.dtype) - inner.astype(x.dtype)
-    probability = (x - inner.astype(x.dtype)) / gap
+    gap = jnp.abs(outer.astype(x.dtype) - inner.astype(x.dtype))
+    beyond_inner = jnp.abs(x - inner.astype(x.dtype))
+    # No gap: at the largest number, and at 0 where subnormal numbers are flushed.
+    probability = beyond_inner / jnp.where(gap > 0, gap, 1)
     rounded = jnp.where(
         jax.random.uniform(key, x.shape, x.dtype) < probability, outer, inner
     )

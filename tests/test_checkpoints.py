@@ -16,7 +16,7 @@ import pytest
 from came_optax import BalancedSplit, came
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
-OLD = sorted((FIXTURES / "checkpoints").iterdir())
+CURRENT = [p for p in (FIXTURES / "checkpoints").iterdir() if p.name != "0.1.0"]
 WRITER = runpy.run_path(str(FIXTURES / "write_checkpoint.py"))
 
 OPTIMIZERS: dict[str, optax.GradientTransformationExtraArgs] = {
@@ -91,7 +91,7 @@ def test_a_state_restored_without_its_types_is_refused(tmp_path: pathlib.Path) -
 def test_a_state_cast_to_bfloat16_is_refused(tmp_path: pathlib.Path) -> None:
     tx = came(1e-2)
     restored = flax_round_trip(rounded(trained(tx)), tx.init(PARAMS), tmp_path)
-    with pytest.raises(TypeError, match=r"dtype bfloat16.*was the state cast"):
+    with pytest.raises(TypeError, match=r"dtype bfloat16.*cast when saved"):
         tx.update(PARAMS, restored, PARAMS)
 
 
@@ -105,7 +105,16 @@ def test_orbax_restores_such_a_state_to_float32(tmp_path: pathlib.Path) -> None:
     chex.assert_trees_all_close(updates, expected, rtol=2e-2)  # of bfloat16
 
 
-@pytest.mark.parametrize("path", OLD, ids=lambda path: path.name)
+def test_states_of_0_1_are_refused_in_a_sentence() -> None:
+    with ocp.StandardCheckpointer() as checkpointer:
+        old = checkpointer.restore(FIXTURES / "checkpoints" / "0.1.0")
+    for name, (tx, shapes) in WRITER["CASES"].items():
+        params = WRITER["make_params"](shapes)
+        with pytest.raises(TypeError, match=r"finish runs of came-optax 0\.1"):
+            tx.update(params, old[name]["state"], params)
+
+
+@pytest.mark.parametrize("path", CURRENT, ids=lambda path: path.name)
 def test_old_checkpoints_continue(path: pathlib.Path) -> None:
     cases = {
         name: (tx, WRITER["make_params"](shapes))

@@ -24,6 +24,8 @@ OPTIMIZERS: dict[str, optax.GradientTransformationExtraArgs] = {
         bias_correction=True,
         update_clipping_threshold=1.0,
     ),
+    "int8": came(1e-3, mu_dtype="int8"),
+    "int4": came(1e-3, mu_dtype="int4", factoring=BalancedSplit()),
     "injected": optax.inject_hyperparams(came)(1e-3),
     "scale_by_factored_moment": scale_by_factored_moment(),
     "scale_by_confidence": scale_by_confidence(),
@@ -31,7 +33,7 @@ OPTIMIZERS: dict[str, optax.GradientTransformationExtraArgs] = {
 
 
 def make_params() -> dict[str, jax.Array]:
-    shapes = {"kernel": (2, 4, 3), "twin": (2, 4, 3), "bias": (3,), "scale": ()}
+    shapes = {"kernel": (2, 48, 46), "twin": (2, 48, 46), "bias": (46,), "scale": ()}
     return {name: jnp.ones(shape) for name, shape in shapes.items()}
 
 

@@ -132,7 +132,7 @@ def test_bias_corrected_first_step(betas):
 def test_bias_correction_is_a_factor_and_leaves_the_state(half, factor):
     """So that the residual u − m keeps the uncorrected m."""
     steps = 1000
-    grads = noise(steps, (4, 3))
+    grads = noise(steps, (6, 4))
 
     def updates_and_states(tx):
         def step(state, g):

@@ -21,7 +21,7 @@ from came_optax import (
     scale_by_factored_moment,
 )
 
-PARAMS = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
+PARAMS = {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)}
 NUMBER = "must be a number or an array, got "
 SCHEDULE = optax.constant_schedule(0.9)
 
@@ -56,7 +56,9 @@ SCHEDULE = optax.constant_schedule(0.9)
         ("weight_decay", -0.1, ValueError, ">= 0 and < inf .*got -0.1"),
         ("weight_decay", None, TypeError, NUMBER + "None"),
         ("mu_dtype", "float16", ValueError, "one of 'float32', 'bfloat16'.*'float16'"),
-        ("mu_dtype", jnp.bfloat16, ValueError, "one of 'float32', 'bfloat16'"),
+        ("mu_dtype", jnp.uint8, ValueError, "one of 'float32', 'bfloat16'.*uint8"),
+        ("mu_dtype", 0, ValueError, "one of 'float32', 'bfloat16'.*got 0"),
+        ("nesterov", 1, TypeError, "True or False, got 1"),
         ("bias_correction", "no", TypeError, "True or False, got 'no'"),
         ("factoring", LastTwoAxes, TypeError, r"such as LastTwoAxes\(\), got <class"),
         ("factoring", None, TypeError, r"such as LastTwoAxes\(\), got None"),
@@ -173,7 +175,7 @@ LONGER = PARAMS | {"bias": jnp.ones(3)}
         (
             PARAMS,
             TRANSPOSED,
-            r"'kernel' has shape \(2, 3\) in the params and \(3, 2\) in the updates",
+            r"'kernel' has shape \(4, 6\) in the params and \(6, 4\) in the updates",
         ),
         (
             list(PARAMS.values()),
@@ -194,8 +196,8 @@ def test_updates_against_params(updates: Any, params: Any, message: str) -> None
         (without("bias"), "'bias' is in the state but not in the updates"),
         (PARAMS | {"x": jnp.ones(2)}, "'x' is in the updates but not in the state"),
         (tuple(PARAMS.values()), "leaf '0' is in the updates but not in the state"),
-        (TRANSPOSED, r"'kernel' has shape \(3,\).* \(2, 3\) .*must be \(2,\)"),
-        (LONGER, r"'bias' has shape \(2,\).* \(3,\)"),
+        (TRANSPOSED, r"'kernel' has shape \(6,.* \(4, 6\) .*must be \(4,"),
+        (LONGER, r"'bias' has shape \(4,\).* \(3,\)"),
         ({"kernel": PARAMS["kernel"], "bias": None}, "'bias' is in the state but not"),
     ],
 )
@@ -220,21 +222,22 @@ def cast(state: Any, dtype: Any) -> Any:
     "state, error, message",
     [
         (None, TypeError, "must be a tuple as made by init, got a NoneType"),
-        (optax.adam(1e-3).init(PARAMS), ValueError, "updates and states"),
+        (optax.adam(1e-3).init(PARAMS), ValueError, "must have 3 parts .*, got 2"),
+        (optax.adamw(1e-3).init(PARAMS), TypeError, "got a ScaleByAdamState"),
         (
             came(1e-3, factoring=LargestTwoAxes()).init(PARAMS),
             ValueError,
-            r"v_row of leaf 'kernel' has shape \(1,\).*must be \(3,\)",
+            r"v_row of leaf 'kernel' has shape \(1,\).*must be \(6,\)",
         ),
         (
             came(1e-3, mu_dtype="bfloat16").init(PARAMS),
             TypeError,
-            "mu of leaf 'bias' has dtype bfloat16.*mu_dtype='float32'.*must be float32",
+            "mu of leaf .bias. has dtype bfloat16.*mu_dtype=.float32. it must be fl",
         ),
         (
             cast(came(1e-3).init(PARAMS), jnp.bfloat16),
             TypeError,
-            "v_row of leaf 'bias' has dtype bfloat16.*was the state cast",
+            "v_row of leaf 'bias' has dtype bfloat16.*cast when saved or restored",
         ),
         (
             came(1e-3).init(cast(PARAMS, jnp.complex64)),
@@ -242,7 +245,15 @@ def cast(state: Any, dtype: Any) -> Any:
             "mu of leaf 'bias' has dtype complex64; for float32 updates",
         ),
     ],
-    ids=["None", "adam's", "other rule", "other mu_dtype", "cast", "complex"],
+    ids=[
+        "None",
+        "adam's",
+        "adamw's",
+        "other rule",
+        "other mu_dtype",
+        "cast",
+        "complex",
+    ],
 )
 def test_states_of_other_optimizers(
     state: Any, error: type[Exception], message: str
@@ -252,8 +263,8 @@ def test_states_of_other_optimizers(
 
 
 def test_half_a_state_for_the_whole() -> None:
-    state = scale_by_came().init(PARAMS)[:2]  # type: ignore[index]
-    with pytest.raises(ValueError, match="must have 4 parts as made by init, got 2"):
+    state = scale_by_confidence().init(PARAMS)
+    with pytest.raises(TypeError, match=r"a ScaleByCameState .*ScaleByConfidenceState"):
         scale_by_came().update(PARAMS, state)
 
 

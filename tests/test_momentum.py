@@ -16,18 +16,20 @@ import pytest
 
 from came_optax import (
     BalancedSplit,
+    Codes,
     FactoredAxes,
     LargestTwoAxes,
     LastTwoAxes,
     Stacked,
+    _codes,
     came,
+    scale_by_came,
     scale_by_confidence,
 )
-from came_optax import _momentum as momentum
-from came_optax import _quantization as quantization
 
-# Half the largest distance between neighbouring codes, which is 3/2 of the mean one.
-LARGEST_ERROR = {"int8": 0.75 / 127, "int4": 0.75 / 7}
+# The largest distance between neighbouring codes, which is 3/2 of the mean one.
+LARGEST_ERROR = {"int8": 1.5 / 127, "int4": 1.5 / 7}
+BITS = {"int8": 8, "int4": 4}
 quantized = pytest.mark.parametrize("mu_dtype", LARGEST_ERROR)
 
 RULES = [LastTwoAxes(), BalancedSplit(), LargestTwoAxes(8), Stacked(LastTwoAxes())]
@@ -37,13 +39,12 @@ SHAPES = [
     (64, 64),
     (67, 65),
     (1031, 6),
-    (1, 4097),
-    (4097, 1),
     (3, 37, 41),
-    (4, 1, 1024),
     (3, 5, 17, 19),
     (2, 2, 32, 33),
 ]
+# Codes and scales together would take more than the array.
+THIN = [(1, 4097), (4097, 1), (4, 1, 1024), (7, 7, 1, 96)]
 
 
 def normal(shape: Any, dtype: Any = jnp.float32, seed: int = 0) -> jax.Array:
@@ -55,12 +56,11 @@ def matrix_axes(ndim: int) -> FactoredAxes:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def round_trip(m: jax.Array, mu_dtype: str) -> Any:
+def round_trip(m: jax.Array, mu_dtype: str, step: int = 1) -> Any:
     """Returns what the next step reads of momentum ``m``."""
     axes = matrix_axes(m.ndim)
-    empty = momentum.init(m, axes, mu_dtype)
-    stored = momentum.store(m, m, m, jnp.float32(0.9), empty, axes, mu_dtype)
-    return momentum.load(stored, m, axes, mu_dtype)
+    codes = _codes.encode(m, (m, m), axes, BITS[mu_dtype], jnp.int32(step))
+    return _codes.decode(codes, m, axes)
 
 
 def largest(m: Any) -> Any:
@@ -72,7 +72,7 @@ def largest(m: Any) -> Any:
 
 @quantized
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_error_is_half_a_step_of_the_row_or_column(shape: Any, mu_dtype: str) -> None:
+def test_error_is_a_step_of_the_row_or_column(shape: Any, mu_dtype: str) -> None:
     sizes = 10 ** normal(shape[-1:], seed=1)
     m = np.asarray(normal(shape)) * np.asarray(sizes)
     error = np.abs(round_trip(jnp.asarray(m), mu_dtype) - m)
@@ -82,15 +82,65 @@ def test_error_is_half_a_step_of_the_row_or_column(shape: Any, mu_dtype: str) ->
 @quantized
 def test_what_is_extreme_in_its_row_and_column_is_exact(mu_dtype: str) -> None:
     m = jnp.diag(normal((64,)))
-    chex.assert_trees_all_equal(round_trip(m, mu_dtype), m)
+    for step in range(20):
+        chex.assert_trees_all_equal(round_trip(m, mu_dtype, step), m)
 
 
 @quantized
 def test_small_values_keep_finer_codes(mu_dtype: str) -> None:
     m = jnp.linspace(-1, 1, 8193)
     error = jnp.abs(round_trip(m, mu_dtype) - m)
-    assert error.max() == pytest.approx(LARGEST_ERROR[mu_dtype], rel=0.1)
-    assert error[jnp.abs(m) < 0.1].max() < 0.5 * error.max()
+    assert error.max() == pytest.approx(LARGEST_ERROR[mu_dtype], rel=0.15)
+    assert error[jnp.abs(m) < 0.1].max() < 0.6 * error.max()
+
+
+@quantized
+def test_the_mean_over_steps_is_exact(mu_dtype: str) -> None:
+    """To a fortieth of the distance of codes; to the nearest it would be a fourth."""
+    m = normal((64, 64))
+    steps = jnp.arange(512)
+    mean = jnp.mean(jax.vmap(lambda i: round_trip(m, mu_dtype, i))(steps), 0)
+    error = jnp.abs(mean - m) / jnp.asarray(largest(m))
+    assert error.max() <= LARGEST_ERROR[mu_dtype] / 40
+
+
+def left_after(mu_dtype: str, steps: int, b1: float = 0.9, **gradient: float) -> float:
+    """How far pruned elements still move, relative to those that live on."""
+    tx = scale_by_came(b1=b1, mu_dtype=mu_dtype, bias_correction=True)
+    pruned = jnp.asarray(np.random.default_rng(0).random((64, 96)) < 0.3)
+    noise, constant = gradient["noise"], gradient["constant"]
+
+    def step(state: Any, t: jax.Array) -> Any:
+        key = jax.random.fold_in(jax.random.key(0), t)
+        g = constant * jnp.sign(normal((64, 96))) + noise * jax.random.normal(
+            key, (64, 96)
+        )
+        updates, state = tx.update(jnp.where(pruned & (t >= 100), 0.0, g), state)
+        return state, (updates, optax.tree.get(state, "mu"))
+
+    @jax.jit
+    def run() -> Any:
+        state = tx.init(jnp.zeros((64, 96)))
+        return jax.lax.scan(step, state, jnp.arange(100 + steps, dtype=jnp.int32))[1][0]
+
+    last = jnp.abs(run()[-1])
+    return float(jnp.mean(last, where=pruned) / jnp.mean(last, where=~pruned))
+
+
+@pytest.mark.parametrize(
+    "gradient", [{"noise": 1.0, "constant": 0.0}, {"noise": 0.0, "constant": 1.0}]
+)
+@quantized
+def test_momentum_of_zero_gradients_decays(mu_dtype: str, gradient: Any) -> None:
+    """In nearest codes of 4 bits 22 % of it would stay, or 64 % without noise."""
+    assert left_after(mu_dtype, 200, **gradient) <= 0.02
+
+
+@quantized
+def test_momentum_decays_with_a_slow_rate_too(mu_dtype: str) -> None:
+    gradient = {"noise": 1.0, "constant": 0.0}
+    exact = left_after("float32", 100, b1=0.99, **gradient)
+    assert left_after(mu_dtype, 100, b1=0.99, **gradient) < 1.5 * exact
 
 
 @quantized
@@ -142,13 +192,19 @@ def test_any_shape(shape: list[int], mu_dtype: str, seed: int) -> None:
         ("float32", jnp.float32, (64, 64), 4),
         ("bfloat16", jnp.float32, (64, 64), 2),
         ("int8", jnp.float32, (64, 64), 1),
+        (jnp.dtype("int8"), jnp.float32, (64, 64), 1),
+        (jnp.int8, jnp.float32, (64, 64), 1),
+        (jnp.bfloat16, jnp.float32, (64, 64), 2),
+        (None, jnp.float32, (64, 64), 4),
+        (jnp.float32, jnp.bfloat16, (64, 64), 4),
         ("int8", jnp.bfloat16, (64, 64), 1),
         ("int8", jnp.float16, (5000,), 1),
         ("int8", jnp.float32, (64, 63), 4),
         ("int8", jnp.complex64, (64, 64), 8),
         ("int4", jnp.float32, (64, 64), 0.5),
         ("int4", jnp.float32, (65, 64), 0.5),
-        ("int4", jnp.float32, (2, 1, 2048), 0.5),
+        ("int4", jnp.float32, (8, 24, 32), 0.5),
+        (jnp.int4, jnp.float32, (64, 64), 0.5),
         ("int4", jnp.float32, (1031, 6), 520 / 1031),  # Rows padded to 65 × 16.
         ("int4", jnp.float16, (5000,), 0.5),
         ("int4", jnp.float32, (64, 63), 4),
@@ -159,7 +215,30 @@ def test_bytes(mu_dtype: str, dtype: Any, shape: Any, bytes_each: float) -> None
     params = {"x": jnp.ones(shape, dtype)}
     state = came(1e-3, mu_dtype=mu_dtype).init(params)
     mu = optax.tree.get(state, "mu")["x"]
-    assert mu.nbytes == bytes_each * mu.size * (params["x"].size / mu.size)
+    stored = mu.values if isinstance(mu, Codes) else mu
+    assert stored.nbytes == bytes_each * params["x"].size
+
+
+@pytest.mark.parametrize("mu_dtype", [None, "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize(
+    "shape",
+    [*SHAPES, *THIN, (64, 32, 1, 1), (512, 2), (2, 768), (4096, 1), (8, 4), (1, 1)],
+    ids=str,
+)
+def test_no_state_is_larger_than_adams(shape: Any, rule: Any, mu_dtype: Any) -> None:
+    """But for what stands for arrays that the leaf lacks, of 4 bytes each."""
+    p = jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    def size(mu_dtype: Any) -> int:
+        tx = scale_by_came(factoring=rule, mu_dtype=mu_dtype)
+        arrays = jax.tree.leaves(jax.eval_shape(tx.init, p))
+        return sum(
+            x.size * x.dtype.itemsize for x in arrays if x.shape not in ((), (1,))
+        )
+
+    assert size(mu_dtype) <= 8 * p.size
+    assert size(mu_dtype) <= size(None)
 
 
 # Matrices as (rows, columns), each with how many there are, and vectors' sizes.
@@ -207,7 +286,7 @@ def test_state_bytes_per_parameter(model: Any, mu_dtype: str, budget: float) -> 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_state_keeps_its_types(dtype: Any, rule: Any, mu_dtype: str) -> None:
-    params = {str(shape): jnp.ones(shape, dtype) for shape in SHAPES}
+    params = {str(shape): jnp.ones(shape, dtype) for shape in SHAPES + THIN}
     tx = came(1e-3, mu_dtype=mu_dtype, factoring=rule)
     state = jax.eval_shape(tx.init, params)
     updates, new_state = jax.eval_shape(tx.update, params, state, params)
@@ -231,41 +310,6 @@ def test_only_what_is_stored_is_rounded(mu_dtype: str) -> None:
     chex.assert_trees_all_close(first, exact_first, rtol=1e-5)
     difference = second["kernel"] - exact_second["kernel"]
     assert jnp.abs(difference).max() > 1e-4 * jnp.abs(second["kernel"]).max()
-
-
-@pytest.mark.parametrize("accelerator", ["tpu", "cuda"])
-@pytest.mark.parametrize("mu_dtype", ["float32", "bfloat16", "int8", "int4"])
-def test_what_accelerators_run_is_the_same(
-    mu_dtype: str, accelerator: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    grads = [{"kernel": normal((64, 66), seed=i)} for i in range(3)]
-
-    def updates() -> Any:
-        tx, made = came(1e-3, mu_dtype=mu_dtype), []
-        state = tx.init(grads[0])
-        for g in grads:
-            update, state = tx.update(g, state, g)
-            made.append(update["kernel"])
-        return jnp.stack(made)
-
-    def on_accelerator(*args: Any, default: Any, **platforms: Any) -> Any:
-        return platforms.get(accelerator, default)(*args)
-
-    expected = updates()
-    monkeypatch.setattr(jax.lax, "platform_dependent", on_accelerator)
-    difference = jnp.abs(updates() - expected) / jnp.std(expected)
-    # A rounding error may give another code, with what that does to its neighbours.
-    assert difference.max() < (0.03 if mu_dtype in LARGEST_ERROR else 0.005)
-    assert difference.mean() < 1e-4
-
-
-@pytest.mark.parametrize(("bits", "top"), [(8, 127), (4, 7)])
-def test_codes_stay_within_their_bits(bits: int, top: int) -> None:
-    beyond = jnp.float32([3.0, -3.0, 1.0, -1.0])
-    one, nothing = jnp.float32(1.0), jnp.zeros((1,), jnp.float32)
-    scales = quantization.Scales(one, nothing, row_max=(0,), col_max=None)
-    codes = quantization.encode(beyond, scales, bits)
-    assert codes.tolist() == [top, -top, top, -top]
 
 
 @quantized
@@ -321,15 +365,7 @@ def test_scan_and_vmap(mu_dtype: str) -> None:
         alone = jax.jit(run)(grads[:, i])
         one = jax.tree.map(lambda x, i=i: x[i], mapped)
         chex.assert_trees_all_close(one[0], alone[0], atol=1e-4)
-        assert optax.tree.get(alone, "mu").dtype == optax.tree.get(one, "mu").dtype
-
-
-@quantized
-def test_donation_leaves_no_copy(mu_dtype: str) -> None:
-    tx = came(1e-2, mu_dtype=mu_dtype)
-    params, state = trained(tx)
-    pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves((params, state))]
-    assert len(set(pointers)) == len(pointers)
+        chex.assert_trees_all_equal_dtypes(one[1], alone[1])
 
 
 @quantized
@@ -337,7 +373,7 @@ def test_inside_multi_steps_and_inject_hyperparams(mu_dtype: str) -> None:
     plain, _ = trained(came(1e-2, mu_dtype=mu_dtype))
     injected, state = trained(optax.inject_hyperparams(came)(1e-2, mu_dtype=mu_dtype))
     chex.assert_trees_all_close(injected, plain, atol=1e-5)
-    assert optax.tree.get(state.inner_state, "mu")["kernel"].dtype != jnp.float32
+    assert isinstance(optax.tree.get(state.inner_state, "mu")["kernel"], Codes)
     with jax.numpy_dtype_promotion("standard"):  # MultiSteps needs it.
         accumulated, _ = trained(optax.MultiSteps(came(1e-2, mu_dtype=mu_dtype), 1))
     chex.assert_trees_all_close(accumulated, plain, atol=1e-5)
@@ -380,7 +416,7 @@ def test_needs_no_copies_of_all_momentum(mu_dtype: str) -> None:
     assert temporaries(mu_dtype) <= temporaries("float32") + leaf + scales
 
 
-@pytest.mark.parametrize("mu_dtype", ["int16", "float16", 8, None])
+@pytest.mark.parametrize("mu_dtype", ["int16", "float16", "int9", 8, "uint8"])
 def test_unknown_dtypes_are_named(mu_dtype: Any) -> None:
     with pytest.raises(ValueError, match=rf"mu_dtype must be one of .*{mu_dtype}"):
         came(1e-3, mu_dtype=mu_dtype)
@@ -388,7 +424,10 @@ def test_unknown_dtypes_are_named(mu_dtype: Any) -> None:
 
 @pytest.mark.parametrize(
     ("made_with", "error"),
-    [("float32", "mu of leaf 'x' has dtype float32"), ("int4", "dtype uint8")],
+    [
+        ("float32", "mu of leaf 'x' has dtype float32.*must be Codes"),
+        ("int4", "mu.values of leaf 'x' has dtype uint8"),
+    ],
 )
 def test_states_of_another_dtype_are_refused(made_with: str, error: str) -> None:
     params = {"x": jnp.ones((64, 64))}
@@ -400,6 +439,14 @@ def test_states_of_another_dtype_are_refused(made_with: str, error: str) -> None
 def test_scales_of_another_shape_are_refused() -> None:
     params = {"x": jnp.ones((64, 64))}
     tx = scale_by_confidence(mu_dtype="int8")
-    state = tx.init(params)._replace(mu_row={"x": jnp.ones((65,))})
-    with pytest.raises(ValueError, match=r"mu_row of leaf 'x' has shape \(65,\)"):
+    state = tx.init(params)
+    state = state._replace(mu={"x": state.mu["x"]._replace(row_scale=jnp.ones((65,)))})
+    with pytest.raises(ValueError, match=r"mu.row_scale of leaf 'x' has shape \(65,\)"):
         tx.update(params, state)
+
+
+def test_codes_for_an_array_are_refused() -> None:
+    params = {"x": jnp.ones((64, 64))}
+    state = scale_by_confidence(mu_dtype="int8").init(params)
+    with pytest.raises(TypeError, match=r"mu of leaf 'x' is codes.*must be an array"):
+        scale_by_confidence().update(params, state)

@@ -4,20 +4,20 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from came_optax import _statistics as stats
+from came_optax import _algorithm as algorithm
 from came_optax import scale_by_came
 
 
 @pytest.mark.parametrize("mu_dtype", ["float32", "int8"])
 def test_leaves_of_one_shape_are_traced_once(monkeypatch, mu_dtype):
     traced = []
-    divide = stats.divide_by_root
+    divide = algorithm.divide_by_root
 
     def recorded(x, *args):
         traced.append(x.shape)
         return divide(x, *args)
 
-    monkeypatch.setattr(stats, "divide_by_root", recorded)
+    monkeypatch.setattr(algorithm, "divide_by_root", recorded)
     tx = scale_by_came(mu_dtype=mu_dtype)
 
     def shapes_traced(leaves):

@@ -13,12 +13,14 @@ from jax.sharding import PartitionSpec as P
 
 from came_optax import (
     BalancedSplit,
+    Codes,
     LargestTwoAxes,
     LastTwoAxes,
     Stacked,
     came,
     state_sharding,
 )
+from came_optax._factoring import factored_axes
 
 PARAMS = {
     "attention": jax.ShapeDtypeStruct((16, 4, 24), jnp.float32),
@@ -158,7 +160,7 @@ def test_specs_of_no_mesh_axis():
 @st.composite
 def sharded_leaves(draw):
     """A shape and a spec that uses some of three mesh axes, each once."""
-    shape = draw(st.lists(st.integers(1, 5), min_size=0, max_size=4))
+    shape = draw(st.lists(st.integers(1, 9), min_size=0, max_size=4))
     entries = [[] for _ in shape]
     if shape:
         for axis in draw(st.permutations("abc")):
@@ -178,7 +180,8 @@ def test_any_shape_and_spec(leaves, rule):
     state = state_sharding(came(1e-3, factoring=rule), params, [s for _, s in leaves])
     rows, cols, full, mu = (find(state, k) for k in ("v_row", "v_col", "v", "mu"))
     for (shape, spec), row, col, v, m in zip(leaves, rows, cols, full, mu, strict=True):
-        axes = rule.axes((), shape)
+        axes = factored_axes(rule, jnp.zeros(shape))
+        axes = axes if axes.factored else None
         entries = [*spec, *[None] * (len(shape) - len(spec))]
 
         def without(reduced, entries=entries):
@@ -229,11 +232,10 @@ LARGE = {"kernel": jax.ShapeDtypeStruct((64, 128), jnp.float32)}
 def test_wrappers_change_nothing_about_quantized_momentum(wrap, mu_dtype):
     tx = wrap(functools.partial(came, mu_dtype=mu_dtype))
     state = jax.eval_shape(tx.init, LARGE)
-    assert jnp.issubdtype(find(state, "mu")["kernel"].dtype, jnp.integer)
+    assert jnp.issubdtype(find(state, "mu")["kernel"].values.dtype, jnp.integer)
     specs = state_sharding(tx, LARGE, {"kernel": P("fsdp", "tensor")})
-    assert find(specs, "mu") == {"kernel": P("fsdp", "tensor")}
-    assert find(specs, "mu_row") == {"kernel": P("fsdp")}
-    assert find(specs, "mu_col") == {"kernel": P("tensor")}
+    expected = Codes(P("fsdp", "tensor"), P("fsdp"), P("tensor"))
+    assert find(specs, "mu") == {"kernel": expected}
 
 
 @pytest.mark.parametrize("mu_dtype", ["int8", "int4"])
@@ -269,27 +271,81 @@ def test_nested_wrappers_place_quantized_momentum(auto_mesh, mu_dtype):
     for _ in range(2):
         updates, state = compiled(params, state, params)
     chex.assert_tree_all_finite(updates)
-    codes = find(state, "mu")["kernel"]
+    codes = find(state, "mu")["kernel"].values
     assert codes.sharding.spec == P("fsdp", "tensor")
     assert jnp.issubdtype(codes.dtype, jnp.integer)
 
 
-@pytest.mark.parametrize(
-    ("mu_dtype", "mu"), [("int8", "fsdp tensor"), ("int4", "fsdp")]
-)
-def test_quantized_momentum(auto_mesh, mu_dtype, mu):
-    # Pairs of 8 rows, packed to 4 bytes, can be on 4 devices but not on 8.
-    params = {"kernel": jax.ShapeDtypeStruct((8, 1024), jnp.float32)}
+# Experts, heads or layers, rows, columns, both; odd vocabularies.
+SHARDED = {
+    (8, 64, 96): [
+        P("all"),
+        P(None, "all"),
+        P(None, None, "all"),
+        P(None, "fsdp", "tp"),
+    ],
+    (64, 8, 32): [P("all"), P(None, "all"), P("fsdp", "tp")],
+    (8, 1023, 33): [P("all")],
+    (1031, 128): [P(None, "all")],
+    (2048, 40): [P("all"), P(None, "all"), P("fsdp", "tp")],
+    (8, 1024): [P("all"), P(None, "all")],
+    (24, 4096): [P("all"), P(None, "fsdp")],
+    (4096,): [P("all")],
+}
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize("shape", SHARDED, ids=str)
+def test_four_bits_take_no_more_of_a_device_than_eight(shape, explicit):
+    kind = AxisType.Explicit if explicit else AxisType.Auto
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=(kind,) * 2)
+    with jax.set_mesh(mesh):
+        for spec in SHARDED[shape]:
+            spec = P(*(("fsdp", "tp") if x == "all" else x for x in spec))
+            sharding = NamedSharding(mesh, spec)
+            params = {"kernel": jax.device_put(jnp.ones(shape), sharding)}
+
+            def largest_shard(mu_dtype, params=params, sharding=sharding):
+                tx = came(1e-3, mu_dtype=mu_dtype)
+                place = state_sharding(tx, params, {"kernel": sharding})
+                state = jax.jit(tx.init, out_shardings=None if explicit else place)(
+                    params
+                )
+                values = find(state, "mu")["kernel"].values
+                return max(x.data.nbytes for x in values.addressable_shards)
+
+            assert largest_shard("int4") <= 0.52 * largest_shard("int8") + 8, spec
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize("mu_dtype", ["float32", "int8"])
+def test_offloaded_parameters_have_their_state_beside_them(mu_dtype, explicit):
+    kind = AxisType.Explicit if explicit else AxisType.Auto
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=(kind,) * 2)
+    on_host = NamedSharding(mesh, P("fsdp", "tp"), memory_kind="pinned_host")
+    shardings = {"host": on_host, "device": NamedSharding(mesh, P("fsdp"))}
+    params = {name: jnp.ones((64, 64)) for name in shardings}
     tx = came(1e-3, mu_dtype=mu_dtype)
-    sharding = NamedSharding(auto_mesh(fsdp=4, tensor=2), P(("fsdp", "tensor")))
-    shardings = state_sharding(tx, params, sharding)
-    specs = jax.tree.map(lambda s: s.spec, shardings)
-    assert find(specs, "mu") == {"kernel": P(tuple(mu.split()))}
-    assert find(specs, "mu_row") == {"kernel": P(("fsdp", "tensor"))}
-    assert find(specs, "mu_col") == {"kernel": P()}
-    kernel = jax.device_put(jnp.ones((8, 1024)), sharding)
-    state = jax.jit(tx.init, out_shardings=shardings)({"kernel": kernel})
-    assert find(state, "mu")["kernel"].sharding == find(shardings, "mu")["kernel"]
+    place = state_sharding(tx, params, shardings)
+    for path, sharding in jax.tree.leaves_with_path(place):
+        expected = "pinned_host" if "host" in jax.tree_util.keystr(path) else "device"
+        assert sharding.memory_kind == expected, path
+
+    on_device = jax.tree.map(lambda s: s.with_memory_kind("device"), (shardings, place))
+    with jax.set_mesh(mesh):
+        state = jax.jit(tx.init, out_shardings=place)(jax.device_put(params, shardings))
+
+        @functools.partial(jax.jit, out_shardings=(None, place))
+        def step(params, state):
+            params, state = jax.device_put((params, state), on_device)
+            return tx.update(params, state, params)
+
+        updates, state = step(jax.device_put(params, shardings), state)
+    assert [x.sharding.memory_kind for x in jax.tree.leaves(state)] == [
+        s.memory_kind for s in jax.tree.leaves(place)
+    ]
+    expected, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    chex.assert_trees_all_close(jax.device_get(updates), expected, rtol=1e-5)
 
 
 def test_inside_a_mesh_context(auto_mesh):

@@ -1,0 +1,263 @@
+"""Arrays as 8- or 4-bit codes.
+
+A matrix is divided by the smaller of its row's and its column's largest magnitude.
+That is one scale per element for the price of a factored statistic: finer than blocks
+of 64, no padding where no block divides an axis, and a sharding that follows from the
+array's as the statistics' does.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from came_optax._checks import Shape
+from came_optax._factoring import FactoredAxes
+
+Axes = tuple[int, ...]
+
+_TOP = {8: 127, 4: 7}  # The largest code of so many bits; the smallest is its negative.
+_REGISTER_ROWS = 8  # Of a TPU's vector registers.
+_MANY = 1024  # Padding them to pairs of registers costs less than 1.5 %.
+# Multiples of these over 2³² are, modulo 1, spread evenly: the first two along rows and
+# columns (Roberts, "The unreasonable effectiveness of quasirandom sequences"), the
+# golden ratio's over steps.
+_ROW_STRIDE, _COL_STRIDE = 0xC13FA9A9, 0x91E10DA5
+_STEP_STRIDE = np.uint32(0x9E3779B9)
+
+
+class Codes(NamedTuple):
+    """A leaf of the momentum in 8 or 4 bits.
+
+    Attributes:
+      values: codes from −127 to 127, int8, of the leaf's shape; or from −7 to 7, two to
+        a byte, uint8, of a shape with one axis halved: see :func:`pairing`.
+      row_scale: largest magnitude in each row; the leaf's shape without ``col`` axes.
+      col_scale: largest magnitude in each column; the leaf's shape without ``row``
+        axes. Zeros of shape (1,) for a vector.
+    """
+
+    values: jax.Array
+    row_scale: jax.Array
+    col_scale: jax.Array
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return 4 if self.values.dtype == jnp.uint8 else 8
+
+
+def reductions(axes: FactoredAxes, ndim: int) -> tuple[Axes, Axes | None]:
+    """Returns the axes that the row and column scales are maxima over.
+
+    Leaves that aren't factored are read as matrices of their last two axes. None
+    stands for the column scale that a vector doesn't have.
+    """
+    if axes.factored:
+        return axes.col, axes.row
+    free = tuple(axis for axis in range(ndim) if axis not in axes.stack)
+    return free[-1:], free[-2:-1] or None
+
+
+def encode(
+    x: jax.Array, passes: Any, axes: FactoredAxes, bits: int, count: jax.Array
+) -> Codes:
+    """Returns codes of x, rounded up or down by turns: on average they are x.
+
+    To the nearest code momentum would never decay: nine tenths of a small one round to
+    it again. Which way a number is rounded depends on its place in the leaf (in its
+    slice of a stack) and on the step, evenly over both.
+
+    Args:
+      x: the leaf, real.
+      passes: x as the row and as the column scales are to read it.
+      axes: the leaf's axes.
+      bits: 8 or 4.
+      count: number of updates with this one; shape (), int32.
+    """
+    over_col, over_row = reductions(axes, x.ndim)
+    for_row, for_col = passes
+    row_scale = jnp.max(jnp.abs(for_row), over_col)
+    col_scale = jnp.zeros((1,), x.dtype)
+    if over_row is not None:
+        col_scale = jnp.max(jnp.abs(for_col), over_row)
+    inverse = _of_elements(
+        jnp.maximum, _inverse(row_scale), _inverse(col_scale), axes, x.ndim
+    )
+    magnitude = jnp.minimum(jnp.abs(x) * inverse, 1)
+    code = _TOP[bits] / 2 * (jnp.sqrt(1 + 8 * magnitude) - 1)
+    thresholds = _thresholds(x, row_scale, col_scale, axes, count)
+    values = jnp.floor(jnp.where(x < 0, -code, code) + thresholds).astype(jnp.int8)
+    return Codes(pack(values) if bits == 4 else values, row_scale, col_scale)
+
+
+def decode(codes: Codes, like: jax.Array, axes: FactoredAxes) -> jax.Array:
+    """Returns on average what :func:`encode` was given, an array ``like`` it.
+
+    Codes lie three times as close around 0, where most momentum is, as at ±1.
+    """
+    values = unpack(codes.values, like) if codes.bits == 4 else codes.values
+    scale = _of_elements(jnp.minimum, codes.row_scale, codes.col_scale, axes, like.ndim)
+    y = values.astype(scale.dtype) / _TOP[codes.bits]
+    x: jax.Array = y * (1 + jnp.abs(y)) * (scale / 2)
+    return x
+
+
+def _inverse(scale: jax.Array) -> jax.Array:
+    """Returns 1 / scale, and 0 where there is nothing but zeros.
+
+    Slightly more, so that the largest magnitude has the largest code.
+    """
+    empty = scale < jnp.finfo(scale.dtype).tiny
+    return jnp.where(empty, 0, (1 + 2.0**-20) / jnp.where(empty, 1, scale))
+
+
+def _of_elements(
+    choose: Callable[..., jax.Array],
+    row: jax.Array,
+    col: jax.Array,
+    axes: FactoredAxes,
+    ndim: int,
+) -> jax.Array:
+    """Returns what ``choose`` makes of each element's row's and column's scale."""
+    over_col, over_row = reductions(axes, ndim)
+    row = jnp.expand_dims(row, over_col)
+    return row if over_row is None else choose(row, jnp.expand_dims(col, over_row))
+
+
+def _thresholds(
+    x: jax.Array,
+    row_scale: jax.Array,
+    col_scale: jax.Array,
+    axes: FactoredAxes,
+    count: jax.Array,
+) -> jax.Array:
+    """Returns a number in [0, 1) for each element of x, another at each step.
+
+    It is the sum of one for its row and one for its column, modulo 1.
+    """
+    over_col, over_row = reductions(axes, x.ndim)
+    rows = jnp.expand_dims(row_scale, over_col)
+    cols = x if over_row is None else jnp.expand_dims(col_scale, over_row)
+    of_cols = [axis for axis in over_col if axis not in axes.stack]
+    of_rows = [axis for axis in range(x.ndim) if axis not in (*over_col, *axes.stack)]
+    # Scales are never negative. That they might be keeps XLA from storing the numbers
+    # for all leaves of a shape.
+    turn = (rows < 0).astype(jnp.uint32) + count.astype(jnp.uint32) * _STEP_STRIDE
+    turn = turn + _places(rows, of_rows, _ROW_STRIDE)
+    turn = turn + _places(cols, of_cols, _COL_STRIDE)
+    thresholds: jax.Array = (turn >> 8).astype(x.dtype) * 2.0**-24
+    return thresholds
+
+
+def _places(like: jax.Array, axes: list[int], stride: int) -> jax.Array:
+    """Returns ``stride`` times the place along ``axes``, as if they were one axis."""
+    sharding = jax.typeof(like).sharding
+    places: jax.Array = jnp.uint32(0)
+    for axis in reversed(axes):
+        place = jax.lax.broadcasted_iota(
+            jnp.uint32, like.shape, axis, out_sharding=sharding
+        )
+        places = places + place * np.uint32(stride % 2**32)
+        stride *= like.shape[axis]
+    return places
+
+
+def pack(codes: jax.Array) -> jax.Array:
+    """Returns 4-bit codes two to a byte, those of a pair as :func:`pairing` says."""
+    axis, distance = pairing(codes.shape)
+    before, n, after = _split(codes.shape, axis)
+    bytes_ = packed_shape(codes.shape)[axis]
+    sharding = jax.typeof(codes).sharding
+    codes = _in_groups(codes, axis, bytes_ // distance)
+    padding = [(0, int(i == axis) * (2 * bytes_ - n)) for i in range(codes.ndim)]
+    pairs = jnp.pad(codes, padding).reshape(*before, -1, 2, distance, *after)
+    low, high = (
+        jax.lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in (0, 1)
+    )
+    packed = ((low & 15) | (high << 4)).astype(jnp.uint8).reshape(*before, -1, *after)
+    if bytes_ % _devices(sharding, axis) == 0:
+        packed = _resharded(packed, sharding)
+    return packed
+
+
+def unpack(packed: jax.Array, like: jax.Array) -> jax.Array:
+    """Returns codes that were packed, shaped and sharded as ``like``.
+
+    Both halves of a byte come from one broadcast and a shift, which compilers fuse with
+    what follows; they would write a concatenation to memory.
+    """
+    axis, distance = pairing(like.shape)
+    before, n, after = _split(like.shape, axis)
+    packed = _in_groups(packed, axis, packed.shape[axis] // distance)
+    pairs = packed.view(jnp.int8).reshape(*before, -1, 1, distance, *after)
+    to_pairs = [1] * (axis + 1) + [2, 1] + [1] * len(after)
+    left_shifts = jnp.array([4, 0], jnp.int8).reshape(to_pairs)
+    codes = (pairs << left_shifts) >> 4  # An arithmetic shift keeps the sign.
+    codes = codes.reshape(*before, -1, *after)
+    codes = jax.lax.slice_in_dim(codes, 0, n, axis=axis)
+    return _resharded(codes, jax.typeof(like).sharding)
+
+
+def packed_shape(shape: Shape) -> Shape:
+    """Returns the shape that :func:`pack` gives to codes of ``shape``."""
+    axis, distance = pairing(shape)
+    before, n, after = _split(shape, axis)
+    return (*before, -(-n // (2 * distance)) * distance, *after)
+
+
+def pairing(shape: Shape) -> tuple[int, int]:
+    """Returns along which axis the codes that share a byte lie, and how far apart.
+
+    Whatever the mesh, on which no state may depend, the halved axis should still divide
+    among the devices that its whole does: hence not along 8 experts, heads or layers,
+    which may be on 8 devices. Rows are best, and for TPUs those that are a vector
+    register apart; many of them can be padded to whole registers. Then the axis that is
+    divisible by the largest power of two; and if that is small an odd one, which can't
+    be sharded, with padding.
+    """
+    rows = len(shape) - 2
+    twos = [n & -n for n in shape]  # The largest power of two that divides each.
+    if rows >= 0 and (twos[rows] >= 32 or (shape[rows] >= _MANY and twos[rows] < 16)):
+        return rows, _REGISTER_ROWS
+    axis = max(range(len(shape)), key=lambda axis: twos[axis])
+    if twos[axis] < 16:
+        odd = [a for a, n in enumerate(shape) if n % 2 and n >= _REGISTER_ROWS**2]
+        axis = max(odd, key=lambda axis: shape[axis], default=axis)
+    return axis, 1
+
+
+def _split(shape: Shape, axis: int) -> tuple[Shape, int, Shape]:
+    return shape[:axis], shape[axis], shape[axis + 1 :]
+
+
+def _in_groups(x: jax.Array, axis: int, groups: int) -> jax.Array:
+    """Returns ``x`` such that each group of pairs along ``axis`` is on one device.
+
+    Only explicit meshes must be told; there, an axis whose groups don't divide among
+    the devices is replicated.
+    """
+    sharding = jax.typeof(x).sharding
+    if groups % _devices(sharding, axis) == 0:
+        return x
+    spec = (None if i == axis else names for i, names in enumerate(sharding.spec))
+    return _resharded(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
+
+
+def _devices(sharding: Any, axis: int) -> int:
+    """Returns among how many devices an axis is divided, as far as its type says."""
+    names = sharding.spec[axis] or ()
+    names = names if isinstance(names, tuple) else (names,)
+    return math.prod(sharding.mesh.shape[name] for name in names)
+
+
+def _resharded(x: jax.Array, sharding: Any) -> jax.Array:
+    """Returns ``x`` with that sharding in its type."""
+    if jax.typeof(x).sharding == sharding:
+        return x
+    moved: jax.Array = jax.sharding.reshard(x, sharding)
+    return moved

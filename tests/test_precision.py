@@ -1,0 +1,105 @@
+"""In which precision what is computed, and of which parameters."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+from came_optax import came, scale_by_came
+
+x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
+
+
+def test_decay_rates_of_float64_leaves_are_float64() -> None:
+    """A vector's v and m are then known; to float32 they'd be off by 1e-4."""
+    b1, b2, eps1, steps = 0.9, 0.999, 1e-30, 20
+    grads = np.random.default_rng(0).normal(size=(steps, 7))
+    v = m = np.zeros(7)
+    for g in grads:
+        v = b2 * v + (1 - b2) * (g**2 + eps1)
+        m = b1 * m + (1 - b1) * g / np.sqrt(v)
+    with x64(True):
+        tx = scale_by_came(b1, b2, clipping_threshold=None)
+        state = tx.init(jnp.asarray(grads[0]))
+        for g in grads:
+            update, state = jax.jit(tx.update)(jnp.asarray(g), state)
+        np.testing.assert_allclose(update, m, rtol=1e-13)
+
+
+def test_bias_correction_of_float64_leaves_is_float64() -> None:
+    with x64(True):
+        g = jnp.asarray(np.random.default_rng(0).normal(size=7))
+        tx = scale_by_came(clipping_threshold=None, bias_correction=True)
+        update, _ = jax.jit(tx.update)(g, tx.init(g))
+        np.testing.assert_allclose(update, np.sign(g), rtol=1e-13)
+
+
+def is_bfloat16(params: Any) -> Any:
+    return jax.tree.map(lambda p: p.dtype == jnp.bfloat16, params)
+
+
+def decayed(params: Any, mask: Any) -> Any:
+    """Returns which leaves an update without gradients makes smaller."""
+    tx = came(0.1, weight_decay=0.5, weight_decay_mask=mask)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = jax.jit(tx.update)(zeros, tx.init(params), params)
+    return jax.tree.map(lambda u: bool(jnp.any(u != 0)), updates)
+
+
+def test_a_mask_by_dtype_sees_the_parameters_themselves() -> None:
+    params = {"narrow": jnp.ones((6, 5), jnp.bfloat16), "wide": jnp.ones((6, 5))}
+    assert decayed(params, is_bfloat16) == {"narrow": True, "wide": False}
+    assert decayed(params, {"narrow": False, "wide": True}) == {
+        "narrow": False,
+        "wide": True,
+    }
+
+
+def test_a_mask_sees_boxes_as_they_are() -> None:
+    def is_sharded(params: Any) -> Any:
+        is_box = lambda x: isinstance(x, nn.Partitioned)  # noqa: E731
+        return jax.tree.map(is_box, params, is_leaf=is_box)
+
+    params = {
+        "boxed": nn.Partitioned(jnp.ones((6, 5)), ("a", None)),
+        "bare": jnp.ones(5),
+    }
+    seen = decayed(params, is_sharded)
+    assert (seen["boxed"].value, seen["bare"]) == (True, False)
+    state = nnx.state(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), nnx.Param)
+    by_rank = decayed(state, lambda s: jax.tree.map(lambda p: p.ndim > 1, s))
+    assert nnx.to_pure_dict(by_rank) == {"kernel": True, "bias": False}
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_weight_decay_is_rounded_once(dtype: Any) -> None:
+    params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(6, 5)), dtype)}
+    tx = came(0.1, weight_decay=0.3)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = jax.jit(tx.update)(zeros, tx.init(params), params)
+    exact = jnp.float32(-0.1) * (jnp.float32(0.3) * params["w"].astype(jnp.float32))
+    np.testing.assert_array_equal(updates["w"], exact.astype(dtype))
+
+
+def test_schedule_free_takes_came_without_momentum() -> None:
+    """It brings a momentum of its own; and steps would be of 10⁹ learning rates."""
+    target = jnp.asarray(np.random.default_rng(0).normal(size=(6, 5)), jnp.float32)
+    tx = optax.contrib.schedule_free(came(0.05, b1=0.0), 0.05, b1=0.9)
+    params = jnp.zeros((6, 5))
+
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        updates, state = tx.update(2 * (params - target), state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in range(300):
+            params, state = step(params, state)
+        found = optax.contrib.schedule_free_eval_params(state, params)
+    np.testing.assert_allclose(found, target, atol=0.05)

@@ -1,0 +1,229 @@
+"""What each platform computes is the algorithm, in another order or form.
+
+Every schedule runs here, on the CPU, beside the plain algorithm, and both beside the
+formulas written once more in NumPy, in float64.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from came_optax import (
+    BalancedSplit,
+    LastTwoAxes,
+    Stacked,
+    quantized_ema,
+    scale_by_came,
+    scale_by_confidence,
+    scale_by_factored_moment,
+)
+from came_optax import _algorithm as algorithm
+from came_optax import _schedules as schedules
+from came_optax._codes import Codes, decode
+from came_optax._factoring import factored_axes
+from came_optax._schedules import cpu, gpu, tpu
+
+SCHEDULES = {"cpu": cpu.CPU, "gpu": gpu.GPU, "tpu": tpu.TPU}
+STEPS = 4
+SHAPES = {
+    "matrix": (64, 66),
+    "thin": (129, 1),
+    "vector": (130,),
+    "scalar": (),
+    "stack": (3, 40, 48),
+    "heads": (32, 4, 16),
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "published": {},
+    "steady": {
+        "b2": 0.95,
+        "eps2": 0.1,
+        "bias_correction": True,
+        "nesterov": True,
+        "update_clipping_threshold": 1.0,
+    },
+    "clipped": {"update_clipping_threshold": 0.01, "clipping_threshold": 0.1},
+    "unclipped": {"clipping_threshold": None, "bias_correction": True},
+    "without momentum": {"b1": 0.0, "bias_correction": True},
+    "nesterov": {"nesterov": True},
+}
+RULES = [LastTwoAxes(), BalancedSplit(), Stacked(BalancedSplit(), where="stack|heads")]
+x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
+
+
+def gradients(step: int, dtype: Any) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(step)
+    grads = {}
+    for name, shape in SHAPES.items():
+        g = rng.normal(size=shape) * np.exp(rng.normal(size=shape[-1:] or ()))
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            g = g + 1j * rng.normal(size=shape)
+        grads[name] = jnp.asarray(np.asarray(g, dtype))
+    return grads
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fresh_traces() -> Iterator[None]:
+    yield
+    jax.clear_caches()
+
+
+def run(tx: Any, schedule: Any, dtype: Any) -> list[tuple[Any, Any]]:
+    """Returns the updates and the state of each step by one schedule."""
+    platforms = {} if schedule is None else {"cpu": schedule}
+    with mock.patch.dict(schedules.BY_PLATFORM, platforms, clear=True):
+        update = jax.jit(tx.update)
+        state, steps = tx.init(gradients(0, dtype)), []
+        for i in range(STEPS):
+            updates, state = update(gradients(i, dtype), state)
+            steps.append((updates, state))
+    return steps
+
+
+def far(x: Any, y: Any) -> float:
+    """Returns the largest difference, in standard deviations of what is expected."""
+    x, y = np.asarray(x), np.asarray(y)
+    assert x.shape == y.shape and x.dtype == y.dtype
+    scale = np.std(y) if y.size > 1 and np.std(y) > 0 else np.abs(y).max()
+    return float(np.abs(x - y).max() / max(scale, 1e-30))
+
+
+def assert_close(found: Any, expected: Any, tolerance: float) -> None:
+    for (path, x), y in zip(
+        jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True
+    ):
+        assert far(x, y) <= tolerance, jax.tree_util.keystr(path)
+
+
+@functools.cache
+def plain(options: str, rule: Any, mu_dtype: str, dtype: Any) -> Any:
+    tx = scale_by_came(**OPTIONS[options], factoring=rule, mu_dtype=mu_dtype)
+    return run(tx, None, dtype)
+
+
+@pytest.mark.parametrize("mu_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("platform", SCHEDULES)
+def test_values(platform: str, options: str, mu_dtype: str) -> None:
+    for rule in RULES:
+        tx = scale_by_came(**OPTIONS[options], factoring=rule, mu_dtype=mu_dtype)
+        found = run(tx, SCHEDULES[platform], np.float32)
+        expected = plain(options, rule, mu_dtype, np.float32)
+        if options == "without momentum":  # u − m is what rounding leaves.
+            found, expected = ([u for u, _ in x] for x in (found, expected))
+        # A rounding error may give another bfloat16.
+        assert_close(found, expected, 1e-5 if mu_dtype == "float32" else 1e-2)
+
+
+@pytest.mark.parametrize("dtype", [np.complex64, np.float64, np.complex128])
+@pytest.mark.parametrize("platform", SCHEDULES)
+def test_complex_and_double(platform: str, dtype: Any) -> None:
+    with x64(True):
+        for options in ("published", "steady"):
+            tx = scale_by_came(**OPTIONS[options])
+            found = run(tx, SCHEDULES[platform], dtype)
+            expected = run(tx, None, dtype)
+            assert_close(found, expected, 1e-5 if dtype == np.complex64 else 1e-13)
+
+
+@pytest.mark.parametrize("mu_dtype", ["int8", "int4"])
+@pytest.mark.parametrize("platform", SCHEDULES)
+def test_codes(platform: str, mu_dtype: str) -> None:
+    """The first step is exact; a rounding error may give another code afterwards."""
+    tx = scale_by_came(mu_dtype=mu_dtype)
+    found = run(tx, SCHEDULES[platform], np.float32)
+    expected = run(tx, None, np.float32)
+    assert_close(found[0][0], expected[0][0], 1e-5)
+    one = 1.5 / {"int8": 127, "int4": 7}[mu_dtype]  # The largest step between codes.
+    for (_, state), (_, plain_state) in zip(found, expected, strict=True):
+        codes = {n: x for n, x in state.mu.items() if isinstance(x, Codes)}
+        assert codes.keys() == {"matrix", "stack"}
+        for name, x in codes.items():
+            y, like = plain_state.mu[name], jnp.zeros(SHAPES[name])
+            assert_close((x.row_scale, x.col_scale), (y.row_scale, y.col_scale), 0.02)
+            axes = factored_axes(LastTwoAxes(), like)
+            m, plain_m = decode(x, like, axes), decode(y, like, axes)
+            difference = np.abs(np.asarray(m - plain_m))
+            assert difference.max() <= 1.01 * one * np.abs(plain_m).max()
+            assert np.mean(difference > 1e-4 * np.abs(plain_m).max()) < 1e-3
+
+
+@pytest.mark.parametrize("platform", SCHEDULES)
+def test_each_half_alone(platform: str) -> None:
+    for tx in (scale_by_factored_moment(), scale_by_confidence(nesterov=True)):
+        found = run(tx, SCHEDULES[platform], np.float32)
+        assert_close(found, run(tx, None, np.float32), 1e-5)
+
+
+@pytest.mark.parametrize("platform", SCHEDULES)
+def test_momentum_alone(platform: str) -> None:
+    tx = quantized_ema(0.9, mu_dtype="float32", nesterov=True)
+    found = run(tx, SCHEDULES[platform], np.float32)
+    assert_close(found, run(tx, None, np.float32), 1e-5)
+
+
+WRONG: dict[str, list[tuple[Any, str, Any]]] = {
+    "cpu": [
+        (
+            cpu,
+            "mean_square",
+            lambda x, over, eps, factor=1: jnp.mean(x * x, over) + eps,
+        ),
+        (cpu, "known", lambda *xs: jnp.array(True)),
+        (cpu, "apart", lambda xs: jax.tree.map(lambda x: 1.001 * x, xs)),
+    ],
+    "gpu": [(gpu, "passes", lambda m, old_m, u, b1: (m, old_m + b1 * (u - old_m)))],
+    "tpu": [(tpu, "on_chip", lambda x, never: 1.001 * x)],
+}
+
+
+@pytest.mark.parametrize(
+    ("platform", "term"),
+    [(p, i) for p, terms in WRONG.items() for i in range(len(terms))],
+)
+def test_a_wrong_term_is_found(platform: str, term: int) -> None:
+    module, name, function = WRONG[platform][term]
+    with mock.patch.object(module, name, function):
+        jax.clear_caches()
+        found = run(
+            scale_by_came(clipping_threshold=0.5), SCHEDULES[platform], np.float32
+        )
+    jax.clear_caches()
+    expected = run(scale_by_came(clipping_threshold=0.5), None, np.float32)
+    with pytest.raises(AssertionError):
+        assert_close(found, expected, 1e-5)
+
+
+def paper(grads: list[np.ndarray], h: algorithm.Hyperparameters) -> np.ndarray:
+    """Algorithm 2 of a matrix in NumPy, as the paper has it: its last update."""
+    n, k = grads[0].shape
+    r, c, big_r, big_c, m = np.zeros((n, 1)), np.zeros((1, k)), 0.0, 0.0, 0.0
+    for g in grads:
+        r = h.b2 * r + (1 - h.b2) * (g**2 + h.eps1).mean(1, keepdims=True)
+        c = h.b2 * c + (1 - h.b2) * (g**2 + h.eps1).mean(0, keepdims=True)
+        u = g / np.sqrt(r @ c / r.mean())
+        u = u / max(1, np.sqrt((u**2).mean()) / h.clip)
+        m = h.b1 * m + (1 - h.b1) * u
+        instability = (u - m) ** 2 + h.eps2
+        big_r = h.b3 * big_r + (1 - h.b3) * instability.mean(1, keepdims=True)
+        big_c = h.b3 * big_c + (1 - h.b3) * instability.mean(0, keepdims=True)
+        update = m / np.sqrt(big_r @ big_c / big_r.mean())
+    return update
+
+
+def test_the_algorithm_is_the_papers() -> None:
+    with x64(True):
+        grads = [np.random.default_rng(i).normal(size=(6, 9)) for i in range(20)]
+        tx = scale_by_came()
+        state = tx.init(jnp.asarray(grads[0]))
+        with mock.patch.dict(schedules.BY_PLATFORM, clear=True):
+            for g in grads:
+                update, state = jax.jit(tx.update)(jnp.asarray(g), state)
+        expected = paper(grads, algorithm.Hyperparameters())
+        np.testing.assert_allclose(update, expected, rtol=1e-12)
