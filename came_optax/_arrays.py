@@ -46,7 +46,8 @@ def zeros(p: Any, reduced: tuple[int, ...] | None = ()) -> jax.Array:
         return jnp.zeros(shape, dtype)
     # The type of the mean: jax.eval_shape would say so too, in a millisecond a leaf.
     sharding: Any = jax.typeof(p).sharding
-    if isinstance(getattr(p, "sharding", None), NamedSharding):  # Not a tracer's.
+    is_concrete = isinstance(p, jax.Array) and not isinstance(p, jax.core.Tracer)
+    if is_concrete and isinstance(p.sharding, NamedSharding):
         sharding = p.sharding
     names = [*sharding.spec, *[None] * (len(p.shape) - len(sharding.spec))]
     spec = PartitionSpec(*(x for axis, x in enumerate(names) if axis not in reduced))
