@@ -53,7 +53,7 @@ def normalize(
     axes: FactoredAxes,
     t: jax.Array | None = None,
 ) -> tuple[jax.Array, Statistic]:
-    """Returns u = g / sqrt(v), clipped, and the new v: lines 3 to 7."""
+    """First half: returns u = g / sqrt(v), clipped, and the new v."""
     v = average(v, mean_square(g, h.eps1, axes), h.b2)
     return clip(whiten(g, v, h, axes, t), h.clip, axes), v
 
@@ -61,12 +61,12 @@ def normalize(
 def confide(
     u: jax.Array,
     m: jax.Array,
-    s: Statistic | None,
+    s: Factored | None,
     h: Hyperparameters,
     axes: FactoredAxes,
     t: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array, Statistic | None]:
-    """Returns m / sqrt(s), the new m and the new s, the mean of (u − m)²: 8 to 13."""
+) -> tuple[jax.Array, jax.Array, Factored | None]:
+    """Second half: returns m / sqrt(s), the new m and the new s, of (u − m)²."""
     m = average(m, u, h.b1)
     if s is not None:
         s = average(s, mean_square(u - m, h.eps2, axes), h.b3)
@@ -74,7 +74,11 @@ def confide(
 
 
 def whiten(
-    g: jax.Array, v: Statistic, h: Hyperparameters, axes: FactoredAxes, t: Any
+    g: jax.Array,
+    v: Statistic,
+    h: Hyperparameters,
+    axes: FactoredAxes,
+    t: jax.Array | None,
 ) -> jax.Array:
     """Returns g / sqrt(v), with v corrected for its start at zero."""
     u = divide_by_root(g, v, axes)
@@ -84,10 +88,10 @@ def whiten(
 def trust(
     m: jax.Array,
     u: jax.Array,
-    s: Statistic | None,
+    s: Factored | None,
     h: Hyperparameters,
     axes: FactoredAxes,
-    t: Any,
+    t: jax.Array | None,
 ) -> jax.Array:
     """Returns m / sqrt(s), one step ahead if asked, both corrected for their start."""
     if h.nesterov:

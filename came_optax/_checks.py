@@ -112,7 +112,8 @@ def check_inexact(what: str, tree: Any) -> None:
             raise TypeError(
                 f"leaf {path_name(path)!r} of the {what} has {kind}; allowed are "
                 "arrays of floating point or complex numbers (optax.masked and "
-                "optax.partition leave others out)"
+                "optax.partition leave others out, eqx.filter(model, "
+                "eqx.is_inexact_array) those of an Equinox model)"
             )
 
     jax.tree.map_with_path(check, tree)

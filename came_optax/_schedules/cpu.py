@@ -7,36 +7,56 @@ it is the same; and u − m is stored in the place of m, and the new m in the pl
 that.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from came_optax import _algorithm as algorithm
+from came_optax._algorithm import Factored, Hyperparameters, Statistic
+from came_optax._factoring import FactoredAxes
 from came_optax._schedules.plain import Schedule, Token
 
+T = TypeVar("T")
 
-def normalize(g: Any, v: Any, h: Any, axes: Any, t: Any, token: Token) -> Any:
+
+def normalize(
+    g: Array,
+    v: Statistic,
+    h: Hyperparameters,
+    axes: FactoredAxes,
+    t: Array | None,
+    token: Token,
+) -> tuple[Array, Statistic, Token]:
     """See :class:`Schedule`."""
-    if not axes.factored:
+    if not isinstance(v, Factored):
         v = algorithm.average(v, algorithm.mean_square(g, h.eps1, axes), h.b2)
     else:
         decay = after(token, h.b2)
         row = mean_square(g, axes.col, h.eps1)
         # A factor, as what a select makes of g would be stored.
         col = mean_square(after(token, 1 + 0 * h.b2) * apart(g), axes.row, h.eps1)
-        v = algorithm.average(v, algorithm.Factored(row, col), decay)
-        token = known(jnp.mean(v.row))
+        new: Factored = algorithm.average(v, Factored(row, col), decay)
+        v, token = new, known(jnp.mean(new.row))
 
-    def whiten(g: jax.Array, v: Any) -> jax.Array:
+    def whiten(g: Array, v: Statistic) -> Array:
         return algorithm.whiten(g, v, h, axes, t)
 
     return clip_computed_twice(whiten, (g, v), h.clip, axes), v, token
 
 
 def confide(
-    u: Any, m: Any, s: Any, h: Any, axes: Any, t: Any, token: Token, coded: bool
-) -> Any:
+    u: Array,
+    m: Array,
+    s: Factored | None,
+    h: Hyperparameters,
+    axes: FactoredAxes,
+    t: Array | None,
+    token: Token,
+    coded: bool,
+) -> tuple[Array, Array, Factored | None, Token]:
     """See :class:`Schedule`."""
     del coded
     if s is None:
@@ -47,23 +67,30 @@ def confide(
         stored = apart(change)
         row = mean_square(change, axes.col, h.eps2, h.b1)
         col = mean_square(stored, axes.row, h.eps2, h.b1)
-        s = algorithm.average(s, algorithm.Factored(row, col), h.b3)
+        s = algorithm.average(s, Factored(row, col), h.b3)
         token = known(s.row, s.col)
         m = jnp.where(jnp.isfinite(u), u - after(token, h.b1) * stored, u)  # Not ∞ − ∞.
 
-    def trust(m: jax.Array, u: jax.Array, s: Any) -> jax.Array:
+    def trust(m: Array, u: Array, s: Factored | None) -> Array:
         return algorithm.trust(m, u, s, h, axes, t)
 
     delta = clip_computed_twice(trust, (m, u, s), h.update_clip, axes)
     return delta, m, s, token
 
 
-def mean_square(x: jax.Array, over: Any, eps: Any, factor: Any = 1) -> jax.Array:
+def mean_square(
+    x: Array, over: tuple[int, ...], eps: Array, factor: Array | int = 1
+) -> Array:
     """Returns the mean of |factor · x|² + ε; the sum of |x|² alone isn't stored."""
     return algorithm.bounded(factor**2 * jnp.mean(algorithm.square(x), over) + eps)
 
 
-def clip_computed_twice(compute: Any, arguments: Any, threshold: Any, axes: Any) -> Any:
+def clip_computed_twice(
+    compute: Callable[..., Array],
+    arguments: tuple[Any, ...],
+    threshold: Array | None,
+    axes: FactoredAxes,
+) -> Array:
     """Returns what ``compute`` returns, clipped; its RMS is that of another call."""
     u = compute(*arguments)
     if threshold is None:
@@ -71,22 +98,23 @@ def clip_computed_twice(compute: Any, arguments: Any, threshold: Any, axes: Any)
     return u / algorithm.excess(compute(*apart(arguments)), threshold, axes)
 
 
-def apart(xs: Any) -> Any:
+def apart(xs: T) -> T:
     """Returns arrays whose uses share nothing with other uses of them."""
-    return jax.lax.optimization_barrier(xs)
+    same: T = jax.lax.optimization_barrier(xs)
+    return same
 
 
-def after(token: Token, x: jax.Array) -> jax.Array:
+def after(token: Token, x: Array) -> Array:
     """Returns x, not before the token is known: XLA can't know that it is False."""
     return jnp.where(token, 0, x)
 
 
-def known(*statistics: jax.Array) -> Token:
+def known(*statistics: Array) -> Token:
     """Returns False when the statistics, which are positive, are known."""
     return jnp.any(jnp.stack([jnp.any(x < 0) for x in statistics]))
 
 
-def passes(m: jax.Array, old_m: jax.Array, u: jax.Array, b1: Any) -> Any:
+def passes(m: Array, old_m: Array, u: Array, b1: Array) -> tuple[Array, Array]:
     """See :class:`Schedule`."""
     del old_m, u
     return apart(m), apart((m, b1))[0]  # Not the same barrier twice.

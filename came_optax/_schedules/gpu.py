@@ -5,17 +5,24 @@ in memory anyway it computes again: the second pass asks for the same number in 
 form.
 """
 
-from typing import Any
-
-import jax
+from jax import Array
 
 from came_optax import _algorithm as algorithm
+from came_optax._algorithm import Factored, Hyperparameters
+from came_optax._factoring import FactoredAxes
 from came_optax._schedules.plain import Schedule, Token
 
 
 def confide(
-    u: Any, m: Any, s: Any, h: Any, axes: Any, t: Any, token: Token, coded: bool
-) -> Any:
+    u: Array,
+    m: Array,
+    s: Factored | None,
+    h: Hyperparameters,
+    axes: FactoredAxes,
+    t: Array | None,
+    token: Token,
+    coded: bool,
+) -> tuple[Array, Array, Factored | None, Token]:
     """See :class:`Schedule`."""
     new = algorithm.average(m, u, h.b1)
     if s is not None:
@@ -24,12 +31,12 @@ def confide(
             for_row = new  # The first pass stores it.
         row, _ = algorithm.mean_square(u - for_row, h.eps2, axes)
         _, col = algorithm.mean_square(u - for_col, h.eps2, axes)
-        s = algorithm.average(s, algorithm.Factored(row, col), h.b3)
+        s = algorithm.average(s, Factored(row, col), h.b3)
     delta = algorithm.trust(new, u, s, h, axes, t)
     return algorithm.clip(delta, h.update_clip, axes), new, s, token
 
 
-def passes(m: jax.Array, old_m: jax.Array, u: jax.Array, b1: Any) -> Any:
+def passes(m: Array, old_m: Array, u: Array, b1: Array) -> tuple[Array, Array]:
     """Returns the moving average of m and u in two forms; see :class:`Schedule`."""
     del m
     change = old_m - u

@@ -1,36 +1,52 @@
 """The algorithm as it is written, for platforms without a schedule of their own."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
-import jax
+from jax import Array
 
 from came_optax import _algorithm as algorithm
+from came_optax._algorithm import Factored, Hyperparameters, Statistic
+from came_optax._factoring import FactoredAxes
 
-# False, which compilers can't know. A schedule hands it from leaf to leaf.
-Token = jax.Array
+# False, which compilers can't know; shape (). It is handed from leaf to leaf.
+Token: TypeAlias = Array
 
 
-def normalize(g: Any, v: Any, h: Any, axes: Any, t: Any, token: Token) -> Any:
+def normalize(
+    g: Array,
+    v: Statistic,
+    h: Hyperparameters,
+    axes: FactoredAxes,
+    t: Array | None,
+    token: Token,
+) -> tuple[Array, Statistic, Token]:
     """Returns u, v and the token of :func:`came_optax._algorithm.normalize`."""
     return *algorithm.normalize(g, v, h, axes, t), token
 
 
 def confide(
-    u: Any, m: Any, s: Any, h: Any, axes: Any, t: Any, token: Token, coded: bool
-) -> Any:
+    u: Array,
+    m: Array,
+    s: Factored | None,
+    h: Hyperparameters,
+    axes: FactoredAxes,
+    t: Array | None,
+    token: Token,
+    coded: bool,
+) -> tuple[Array, Array, Factored | None, Token]:
     """Returns the update, m, s and token of :func:`came_optax._algorithm.confide`."""
     del coded
     return *algorithm.confide(u, m, s, h, axes, t), token
 
 
-def stage(codes: jax.Array, v: Any, token: Token) -> jax.Array:
+def stage(codes: Array, v: Statistic | None, token: Token) -> Array:
     """Returns stored codes as they are to be read."""
     del v, token
     return codes
 
 
-def passes(m: jax.Array, old_m: jax.Array, u: jax.Array, b1: Any) -> Any:
+def passes(m: Array, old_m: Array, u: Array, b1: Array) -> tuple[Array, Array]:
     """Returns the new momentum as the row and as the column scales are to read it."""
     del old_m, u, b1
     return m, m
@@ -51,7 +67,7 @@ class Schedule(NamedTuple):
 
     normalize: Callable[..., Any] = normalize
     confide: Callable[..., Any] = confide
-    stage: Callable[..., jax.Array] = stage
+    stage: Callable[..., Array] = stage
     passes: Callable[..., Any] = passes
 
 
