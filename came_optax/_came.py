@@ -204,8 +204,8 @@ def came(
     Example:
       >>> import jax, jax.numpy as jnp, optax
       >>> from came_optax import came
-      >>> params = {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}
-      >>> loss = lambda p: jnp.sum((jnp.ones(3) @ p["kernel"] + p["bias"]) ** 2)
+      >>> params = {"kernel": jnp.ones((4, 4)), "bias": jnp.zeros(4)}
+      >>> loss = lambda p: jnp.sum((jnp.ones(4) @ p["kernel"] + p["bias"]) ** 2)
       >>> tx = came(learning_rate=optax.warmup_constant_schedule(0.0, 1e-2, 10))
       >>> state = tx.init(params)
       >>> for _ in range(50):
