@@ -4,10 +4,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from came_optax import came
+from came_optax import steady_came
 
 model = eqx.nn.Linear(64, 8, key=jax.random.key(1))
-tx = came(1e-2, bias_correction=True)
+tx = steady_came(1e-2)
 state = tx.init(eqx.filter(model, eqx.is_inexact_array))
 
 

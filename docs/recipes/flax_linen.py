@@ -5,14 +5,14 @@ import jax
 import jax.numpy as jnp
 from flax.training.train_state import TrainState
 
-from came_optax import came
+from came_optax import steady_came
 
 model = nn.Dense(8)
 x = jax.random.normal(jax.random.key(0), (32, 64))
 state = TrainState.create(
     apply_fn=model.apply,
     params=model.init(jax.random.key(1), x)["params"],
-    tx=came(1e-2, bias_correction=True),
+    tx=steady_came(1e-2),
 )
 
 

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from came_optax import came
+from came_optax import steady_came
 
 model = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
-optimizer = nnx.Optimizer(model, came(1e-2, bias_correction=True), wrt=nnx.Param)
+optimizer = nnx.Optimizer(model, steady_came(1e-2), wrt=nnx.Param)
 
 
 @nnx.jit

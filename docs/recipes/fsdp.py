@@ -9,10 +9,10 @@ import optax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from came_optax import came, state_sharding
+from came_optax import state_sharding, steady_came
 
 mesh = jax.make_mesh((jax.device_count(),), ("fsdp",), axis_types=(AxisType.Auto,))
-tx = came(1e-3, bias_correction=True)
+tx = steady_came(1e-3)
 
 
 def init_params():

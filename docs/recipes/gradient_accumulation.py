@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from came_optax import came
+from came_optax import steady_came
 
 params = {"kernel": jnp.ones((128, 128))}
-tx = optax.MultiSteps(came(1e-3, bias_correction=True), every_k_schedule=4)
+tx = optax.MultiSteps(steady_came(1e-3), every_k_schedule=4)
 state = tx.init(params)
 update = jax.jit(tx.update)
 

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from came_optax import came
+from came_optax import steady_came
 
 params = {"kernel": jnp.ones((16, 8))}
 grads = {"kernel": jnp.ones((16, 8))}
-tx = optax.inject_hyperparams(came)(learning_rate=1e-2, bias_correction=True)
+tx = optax.inject_hyperparams(steady_came)(learning_rate=1e-2)
 state = tx.init(params)
 update = jax.jit(tx.update)
 

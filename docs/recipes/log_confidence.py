@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import optax
 import tensorboardX
 
-from came_optax import came
+from came_optax import steady_came
 
 params = {"kernel": jnp.zeros((64, 8)), "bias": jnp.zeros(8)}
 learning_rate = 1e-2
-tx = came(learning_rate)
+tx = steady_came(learning_rate)
 state = tx.init(params)
 
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 
-from came_optax import came
+from came_optax import steady_came
 
 params = {"kernel": jnp.ones((16, 8)), "bias": jnp.ones(8)}
-tx = came(1e-2)
+tx = steady_came(1e-2)
 updates, state = tx.update(params, tx.init(params), params)
 training = {"params": optax.apply_updates(params, updates), "opt_state": state}
 

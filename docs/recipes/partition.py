@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from came_optax import came
+from came_optax import steady_came
 
 params = {
     "embedding": jnp.ones((100, 16)),
@@ -17,7 +17,7 @@ def label(path, leaf):
 
 
 tx = optax.partition(
-    {"came": came(1e-3, bias_correction=True), "adamw": optax.adamw(1e-3)},
+    {"came": steady_came(1e-3), "adamw": optax.adamw(1e-3)},
     lambda params: jax.tree.map_with_path(label, params),
 )
 state = tx.init(params)

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from came_optax import came
+from came_optax import steady_came
 
 params = {"kernel": jnp.zeros((64, 8)), "bias": jnp.zeros(8)}
-tx = came(optax.warmup_cosine_decay_schedule(0.0, 1e-2, 10, 100), bias_correction=True)
+tx = steady_came(optax.warmup_cosine_decay_schedule(0.0, 1e-2, 10, 100))
 state = tx.init(params)
 
 

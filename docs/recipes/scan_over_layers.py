@@ -7,7 +7,7 @@ vectors in each layer, aren't taken for matrices.
 import jax
 import jax.numpy as jnp
 
-from came_optax import LastTwoAxes, Stacked, came
+from came_optax import LastTwoAxes, Stacked, steady_came
 
 keys = jax.random.split(jax.random.key(0), 3)
 layers = {
@@ -25,13 +25,13 @@ def forward(params, tokens):
     return x
 
 
-tx = came(1e-3, factoring=Stacked(LastTwoAxes(), axis=0, where="^layers/"))
+tx = steady_came(1e-3, factoring=Stacked(LastTwoAxes(), axis=0, where="^layers/"))
 grads = jax.grad(lambda p: forward(p, jnp.arange(8)).sum())(params)
 updates, _ = tx.update(grads, tx.init(params), params)
 
 first = {"layers": jax.tree.map(lambda x: x[0], layers)}
 first_grads = {"layers": jax.tree.map(lambda x: x[0], grads["layers"])}
-tx = came(1e-3)
+tx = steady_came(1e-3)
 alone, _ = tx.update(first_grads, tx.init(first), first)
 for name in layers:
     assert jnp.allclose(updates["layers"][name][0], alone["layers"][name], rtol=1e-5)

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from came_optax import came
+from came_optax import steady_came
 
 params = {"kernel": jnp.ones((16, 8))}
-tx = optax.apply_if_finite(came(1e-2), max_consecutive_errors=5)
+tx = optax.apply_if_finite(steady_came(1e-2), max_consecutive_errors=5)
 state = tx.init(params)
 update = jax.jit(tx.update)
 

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from came_optax import came
+from came_optax import steady_came
 
 params = {"kernel": jnp.ones((16, 8))}
-tx, average = came(1e-2, bias_correction=True), optax.ema(0.99)
+tx, average = steady_came(1e-2), optax.ema(0.99)
 state, average_state = tx.init(params), average.init(params)
 
 

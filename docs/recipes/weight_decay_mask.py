@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from came_optax import came
+from came_optax import steady_came
 
 params = {
     "embedding": jnp.ones((100, 16)),
@@ -15,7 +15,7 @@ def is_kernel(params):
     return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
-tx = came(1e-2, weight_decay=0.1, weight_decay_mask=is_kernel)
+tx = steady_came(1e-2, weight_decay=0.1, weight_decay_mask=is_kernel)
 zeros = jax.tree.map(jnp.zeros_like, params)
 updates, _ = tx.update(zeros, tx.init(params), params)
 assert jnp.allclose(updates["dense"]["kernel"], -1e-3)  # lr · weight decay · parameter
