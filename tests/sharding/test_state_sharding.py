@@ -317,6 +317,10 @@ def test_four_bits_take_no_more_of_a_device_than_eight(shape, explicit):
             assert largest_shard("int4") <= 0.52 * largest_shard("int8") + 8, spec
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 10),
+    reason="the XLA of jax 0.8.1 refuses scalars beside arrays in host memory",
+)
 @pytest.mark.parametrize("explicit", [False, True])
 @pytest.mark.parametrize("mu_dtype", ["float32", "int8"])
 def test_offloaded_parameters_have_their_state_beside_them(mu_dtype, explicit):
@@ -331,13 +335,18 @@ def test_offloaded_parameters_have_their_state_beside_them(mu_dtype, explicit):
         expected = "pinned_host" if "host" in jax.tree_util.keystr(path) else "device"
         assert sharding.memory_kind == expected, path
 
-    on_device = jax.tree.map(lambda s: s.with_memory_kind("device"), (shardings, place))
+    def to_device(x, sharding):
+        if sharding.memory_kind != "pinned_host":
+            return x
+        return jax.device_put(x, sharding.with_memory_kind("device"))
+
     with jax.set_mesh(mesh):
         state = jax.jit(tx.init, out_shardings=place)(jax.device_put(params, shardings))
 
         @functools.partial(jax.jit, out_shardings=(None, place))
         def step(params, state):
-            params, state = jax.device_put((params, state), on_device)
+            params = jax.tree.map(to_device, params, shardings)
+            state = jax.tree.map(to_device, state, place)
             return tx.update(params, state, params)
 
         updates, state = step(jax.device_put(params, shardings), state)
