@@ -17,9 +17,10 @@ from typing import Any
 import jax
 import optax
 import tqdm
-from measuring import hlo, output, updates
+from measuring import output, updates
 from measuring.chips import CHIPS, target
 
+from compiling.traffic import traffic
 from pretraining.models import gpt2
 
 EXACT = {"SGD": 12.0, "AdamW": 28.0}  # Bytes per parameter.
@@ -38,7 +39,7 @@ def measure(
     began = time.process_time()
     compiled = lowered.compile()
     seconds = time.process_time() - began
-    found = hlo.traffic(compiled.as_text())
+    found = traffic(compiled.as_text())
     temporaries = compiled.memory_analysis().temp_size_in_bytes
     return {
         "bytes/parameter": round(found.hbm_bytes / updates.number(params), 2),

@@ -20,11 +20,13 @@ import jax.numpy as jnp
 import matplotlib
 import matplotlib.pyplot as plt
 from flax import nnx
+from matplotlib.figure import Figure
 from measuring import ROOT, output
 from measuring.compiled_steps import CHIPS, OPTIMIZERS, Results, compile_step, one_chip
 
 from came_optax import memory, state_memory
 from compiling.topologies import Target
+from pretraining.data.pipeline import NO_RECORDS
 from pretraining.models import gpt2
 from pretraining.task import Task, with_param_dtype
 
@@ -109,7 +111,7 @@ def make_task(config: gpt2.GPT2Config) -> tuple[Task, dict[str, jax.ShapeDtypeSt
 
     def make_model(rngs: nnx.Rngs) -> gpt2.GPT2:
         model = gpt2.GPT2(dataclasses.replace(config, n_layer=0), rngs=rngs)
-        model.h.append(Layers(config, rngs))
+        model.h.append(Layers(config, rngs))  # type: ignore[arg-type]
         return model
 
     record = {
@@ -117,7 +119,7 @@ def make_task(config: gpt2.GPT2Config) -> tuple[Task, dict[str, jax.ShapeDtypeSt
         "weight": jax.ShapeDtypeStruct((), jnp.float32),
     }
     loss, length = gpt2.next_token_loss, config.n_positions
-    return Task("GPT-2", make_model, loss, (), (), tokens_per_record=length), record
+    return Task("GPT-2", make_model, loss, NO_RECORDS, NO_RECORDS, length), record
 
 
 def found_largest(results: Results) -> dict[tuple[str, str, str], tuple[int, Any]]:
@@ -137,7 +139,7 @@ def make_table(found: Mapping[tuple[str, str, str], tuple[int, Any]]) -> str:
     known = {case[:2] for case in found}
     columns = [(c, d) for c in CHIPS for d in PARAM_DTYPES if (c, d) in known]
 
-    def cell(*case: str) -> str:
+    def cell(*case: Any) -> str:
         if case not in found:
             return ""
         layers, step = found[case]
@@ -155,7 +157,7 @@ def make_table(found: Mapping[tuple[str, str, str], tuple[int, Any]]) -> str:
     )
 
 
-def draw(found: Mapping[tuple[str, str, str], tuple[int, Any]]) -> plt.Figure:
+def draw(found: Mapping[tuple[str, str, str], tuple[int, Any]]) -> Figure:
     """Draws the largest models' sizes, a panel a chip."""
     chips = [chip for chip in CHIPS if any(case[0] == chip for case in found)]
     figure, panels = plt.subplots(

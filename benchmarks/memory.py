@@ -14,6 +14,7 @@ from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from measuring import ROOT, output
 from measuring.compiled_steps import CHIPS, OPTIMIZERS, Results, compile_step, one_chip
 
@@ -66,7 +67,7 @@ def step_table(results: Results) -> str:
     return output.table([{k: v for k, v in r.items() if k not in empty} for r in rows])
 
 
-def draw(results: Results) -> plt.Figure:
+def draw(results: Results) -> Figure:
     """Draws the memory of the training steps, a panel a model."""
     figure, panels = plt.subplots(
         1, len(STEPS), figsize=(9, 5), sharey=True, layout="constrained"

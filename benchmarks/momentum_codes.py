@@ -134,7 +134,7 @@ class RoundedState(NamedTuple):
     """State of `rounded`: the other transformation's, and the number of steps."""
 
     inner: Any
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]
 
 
 def rounded(
@@ -145,7 +145,7 @@ def rounded(
     def init(params: Any) -> RoundedState:
         return RoundedState(tx.init(params), jnp.zeros((), jnp.int32))
 
-    def update(updates: Any, state: RoundedState, params: Any = None) -> Any:
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
         updates, inner = tx.update(updates, state.inner, params)
         leaves, treedef = jax.tree.flatten(optax.tree.get(inner, "mu"))
         keys = jax.random.split(jax.random.key(state.count), len(leaves))

@@ -18,10 +18,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from measuring import hlo, output, updates
+from measuring import output, updates
 from measuring.chips import CHIPS, target
 from update import time_in_turn
 
+from compiling.traffic import traffic
+from pretraining.data.pipeline import NO_RECORDS
 from pretraining.models import gpt2
 from pretraining.task import Task
 from pretraining.training import devices
@@ -37,8 +39,8 @@ def make_task(size: str, dtype: Any) -> Task:
         name=f"gpt2 {size}",
         make_model=lambda rngs: gpt2.GPT2(config, rngs=rngs),
         loss_fn=gpt2.next_token_loss,
-        train=(),
-        validation=(),
+        train=NO_RECORDS,
+        validation=NO_RECORDS,
         tokens_per_record=config.n_positions,
     )
 
@@ -69,7 +71,7 @@ def compiled_share(
     on_cpu = lower(tx, batch_size, jax.devices("cpu")[0])
     flops = [lowered.cost_analysis()["flops"] for lowered in on_cpu]
     compiled = [lowered.compile() for lowered in lower(tx, batch_size, device)]
-    moved = [hlo.traffic(program.as_text()).hbm_bytes for program in compiled]
+    moved = [traffic(program.as_text()).hbm_bytes for program in compiled]
     return {
         f"{kind} (%)": f"{100 * update / step:.2f}"
         for kind, (update, step) in {"operations": flops, "bytes": moved}.items()

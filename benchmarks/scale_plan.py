@@ -158,7 +158,9 @@ def write_table(results: dict[str, Any], planned: Sequence[int]) -> None:
     """Prints and writes state and total per chip, and the smallest slices."""
     rows = []
     for model, optimizer in itertools.product(LAYERS_AND_WIDTH, OPTIMIZERS):
-        found = {n: results.get(f"{model} {optimizer} {n}") for n in SLICES}
+        found: dict[int, Any] = {
+            n: results.get(f"{model} {optimizer} {n}") for n in SLICES
+        }
         first = found[planned[0]]
         smallest = min(n for n, case in found.items() if case and case["fits"])
         per_parameter = first["state_bytes"] * planned[0] / first["parameters"]

@@ -25,11 +25,12 @@ import jax
 import jax.numpy as jnp
 import optax
 import tqdm
-from measuring import hlo, output, updates
+from measuring import output, updates
 
 from came_optax import state_memory
+from compiling.traffic import traffic
 
-MODELS = {
+MODELS: dict[str, Callable[[], Any]] = {
     "gpt2": updates.gpt2_shapes,
     "bert": updates.bert_shapes,
     "small-leaves": updates.small_shapes,
@@ -53,7 +54,7 @@ class JaxUpdate:
         self.update = lowered.compile()
         compiled = time.process_time()
         temporaries = self.update.memory_analysis().temp_size_in_bytes
-        moved = hlo.traffic(self.update.as_text()).hbm_bytes / updates.number(grads)
+        moved = traffic(self.update.as_text()).hbm_bytes / updates.number(grads)
         self.takes = {
             "bytes/parameter": f"{moved:.1f}",
             "traced in (CPU s)": f"{traced - began:.1f}",

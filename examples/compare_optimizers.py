@@ -20,7 +20,6 @@ from comparing import search
 from comparing.figures import draw
 from comparing.methods import (
     ABLATIONS,
-    BEFORE_NESTEROV,
     COMPARISON,
     METHODS,
     REFERENCE,
@@ -50,7 +49,7 @@ RUNS = {
 GROUPS = {
     "comparison": COMPARISON,
     "ablations": (REFERENCE, *ABLATIONS),
-    "study": (REFERENCE, BEFORE_NESTEROV, "came", *STUDY),
+    "study": (REFERENCE, "came", *STUDY),
     "storage": (REFERENCE, *STORAGE),
 }
 
@@ -162,7 +161,7 @@ def report(task: Task, folder: Path, log: Log) -> None:
     known = [summary for summary in everything if summary is not None]
     for group, names in GROUPS.items():
         members = [summary for summary in known if summary.name in names]
-        if {summary.name for summary in members} - {REFERENCE}:
+        if members:
             tables = make_tables(members, known)
             write_atomically(folder / f"{group}.md", tables)
             draw(folder / f"{group}.png", task.name, members)

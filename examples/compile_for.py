@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from compiling import ahead_of_time, topologies
 from pretraining import cli
+from pretraining.data.pipeline import NO_RECORDS
 from pretraining.errors import UserError
 from pretraining.models import bert, gpt2, t5
 from pretraining.options import option, positive_int
@@ -31,7 +32,11 @@ from pretraining.training.optimizers import (
     make_schedule,
 )
 
-SIZES = {"gpt2": gpt2.SIZES, "bert": bert.SIZES, "t5": t5.SIZES}
+SIZES: dict[str, dict[str, Any]] = {
+    "gpt2": gpt2.SIZES,
+    "bert": bert.SIZES,
+    "t5": t5.SIZES,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +79,9 @@ def make_task(
     """Returns a task without data, and the shapes of its records."""
     if size not in SIZES[name]:
         raise UserError(f"--size {size}: known are {', '.join(SIZES[name])}")
-    config = dataclasses.replace(SIZES[name][size], dtype=jnp.bfloat16)
+    config: Any = dataclasses.replace(SIZES[name][size], dtype=jnp.bfloat16)
+    model: Any
+    loss: Any
     if name == "gpt2":
         length = seq_len or config.n_positions
         config = dataclasses.replace(config, n_positions=length)
@@ -97,8 +104,8 @@ def make_task(
         name=f"{name} {size}",
         make_model=lambda rngs: model(config, rngs=rngs),
         loss_fn=loss,
-        train=(),
-        validation=(),
+        train=NO_RECORDS,
+        validation=NO_RECORDS,
         tokens_per_record=length,
     )
     return task, record

@@ -22,10 +22,12 @@ from flax import nnx
 from pretraining import cli
 from pretraining.data import labelled
 from pretraining.data.labelled import Examples, LabelledTextOptions
+from pretraining.data.masking import PAD
 from pretraining.errors import UserError
 from pretraining.models import classifier, hugging_face
 from pretraining.options import decay_rate, option
 from pretraining.task import Task
+from pretraining.training import runs
 from pretraining.training.devices import compute_dtype
 from pretraining.training.optimizers import OptimizerOptions
 from pretraining.training.trainer import Trainer, TrainingOptions
@@ -51,33 +53,22 @@ class ModelOptions:
     )
 
 
-def main() -> None:
-    model, text, optimizer, training, run = cli.parse(
-        "finetune_classifier",
-        __doc__,
-        [ModelOptions, LabelledTextOptions, OptimizerOptions, TrainingOptions],
-        defaults={
-            "steps": 200,
-            "batch_size": 32,
-            "seq_len": 48,
-            "learning_rate": 5e-5,
-            "weight_decay": 0.01,
-            "eval_every": 50,
-        },
-    )
-    folder = Path(model.pretrained or minilm())
+def make_task(
+    model: ModelOptions, text: LabelledTextOptions, length: int
+) -> tuple[Task, Examples]:
+    """Returns the task of telling labels apart, and examples to test it with."""
+    pretrained = Path(model.pretrained or minilm())
     config = dataclasses.replace(
-        hugging_face.load_config(folder, "bert"),
+        hugging_face.load_config(pretrained, "bert"),
         hidden_dropout_prob=model.dropout,
         dtype=compute_dtype(),
     )
-    length = training.seq_len
     if length > config.max_position_embeddings:
         raise UserError(
-            f"--seq-len {length}: {folder} has {config.max_position_embeddings} "
+            f"--seq-len {length}: {pretrained} has {config.max_position_embeddings} "
             "positions at most"
         )
-    tokenizer = hugging_face.load_tokenizer(folder)
+    tokenizer = hugging_face.load_tokenizer(pretrained, config.vocab_size, [PAD])
     rows = labelled.load(text)
     labels = sorted({row.label for row in rows})
     parts = labelled.split(rows)
@@ -86,17 +77,16 @@ def main() -> None:
     )
     print(
         f"{len(train):,} texts with {len(labels)} labels to train on, "
-        f"{len(validation):,} to validate, {len(test):,} to test; "
-        f"writing to {run.output}",
+        f"{len(validation):,} to validate, {len(test):,} to test",
         flush=True,
     )
 
     def load_encoder(params: nnx.State) -> nnx.State:
-        params["bert"] = hugging_face.load_params(folder, "bert", params["bert"])
+        params["bert"] = hugging_face.load_params(pretrained, "bert", params["bert"])
         return params
 
     task = Task(
-        name=f"BERT from {folder.name}",
+        name=f"BERT from {pretrained.name}",
         make_model=lambda rngs: classifier.Classifier(
             config, len(labels), model.pooling, rngs=rngs
         ),
@@ -111,10 +101,29 @@ def main() -> None:
         options=dataclasses.asdict(model) | dataclasses.asdict(text),
         files={"tokenizer.json": tokenizer.to_str(), "labels.json": json.dumps(labels)},
     )
-    trainer = Trainer(task, optimizer, training, run)
-    result = trainer.run()
-    accuracy = trainer.evaluate(records=test)["accuracy"]
-    print(f"\n{result}\ntest accuracy: {accuracy:.1%} of {len(test):,} texts")
+    return task, test
+
+
+def main() -> None:
+    model, text, optimizer, training, run = cli.parse(
+        "finetune_classifier",
+        __doc__,
+        [ModelOptions, LabelledTextOptions, OptimizerOptions, TrainingOptions],
+        defaults={
+            "steps": 200,
+            "batch_size": 32,
+            "seq_len": 48,
+            "learning_rate": 5e-5,
+            "weight_decay": 0.01,
+            "eval_every": 50,
+        },
+    )
+    with runs.claim("finetune_classifier", run) as folder:
+        task, test = make_task(model, text, training.seq_len or 48)
+        trainer = Trainer(task, optimizer, training, folder, resume=run.resume)
+        result = trainer.run()
+        accuracy = trainer.evaluate(records=test)["accuracy"]
+        print(f"\n{result}\ntest accuracy: {accuracy:.1%} of {len(test):,} texts")
 
 
 def minilm() -> Path:

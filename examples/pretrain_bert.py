@@ -15,11 +15,12 @@ import dataclasses
 
 from pretraining import cli
 from pretraining.data import baselines, corpus, tokenization
-from pretraining.data.masking import SEP, Masking
+from pretraining.data.masking import SEP, Masking, wordpiece
 from pretraining.data.pipeline import Windows
 from pretraining.models import bert, hugging_face
-from pretraining.options import option, positive_int
+from pretraining.options import option, vocabulary_size
 from pretraining.task import Task
+from pretraining.training import runs
 from pretraining.training.devices import compute_dtype
 from pretraining.training.optimizers import OptimizerOptions
 from pretraining.training.trainer import Trainer, TrainingOptions
@@ -31,7 +32,7 @@ class ModelOptions:
 
     size: str = option("nano", "of the model", choices=bert.SIZES)
     vocab_size: int | None = option(
-        None, "tokens to learn (default: the size's own)", type=positive_int
+        None, "tokens to learn (default: the size's own)", type=vocabulary_size
     )
 
 
@@ -47,23 +48,20 @@ def make_task(
         max_position_embeddings=max(length, config.max_position_embeddings),
         dtype=compute_dtype(),
     )
-    train_text, validation_text = corpus.split(corpus.load(text))
-    tokenizer = tokenization.wordpiece(train_text, config.vocab_size)
-    train_tokens = tokenization.encode(tokenizer, train_text, SEP)
-    validation_tokens = tokenization.encode(tokenizer, validation_text, SEP)
-    unigram = baselines.cross_entropies(
-        train_tokens, validation_tokens, config.vocab_size
-    )["unigram"]
+    tokenizer, train, validation = tokenization.learn_and_encode(
+        text, wordpiece, config.vocab_size, SEP
+    )
+    baseline = baselines.cross_entropies(train, validation, config.vocab_size)
     return Task(
         name=f"BERT {model.size}",
         make_model=lambda rngs: bert.MaskedLM(config, rngs=rngs),
         loss_fn=bert.masked_token_loss,
         # [CLS] and [SEP] take two places.
-        train=Windows(train_tokens, length - 2, overlap=0),
-        validation=Windows(validation_tokens, length - 2, overlap=0),
+        train=Windows(train, length - 2, overlap=0),
+        validation=Windows(validation, length - 2, overlap=0),
         tokens_per_record=length,
         transform=Masking.of(tokenizer),
-        references={"unigram": unigram},
+        references={"unigram": baseline["unigram"]},
         options=dataclasses.asdict(model) | dataclasses.asdict(text),
         files={"tokenizer.json": tokenizer.to_str(pretty=True)},
     )
@@ -76,17 +74,12 @@ def main() -> None:
         [ModelOptions, corpus.TextOptions, OptimizerOptions, TrainingOptions],
         defaults={"batch_size": 256, "learning_rate": 5e-3},
     )
-    task = make_task(model, text, training.seq_len)
-    length = task.tokens_per_record
-    print(
-        f"{task.name}, {len(task.train) * length:,} tokens to train on, "
-        f"{len(task.validation) * length:,} held out; writing to {run.output}",
-        flush=True,
-    )
-    trainer = Trainer(task, optimizer, training, run)
-    result = trainer.run()
-    hugging_face.save(run.output, trainer.model)
-    print(f"\n{result}")
+    with runs.claim("pretrain_bert", run) as folder:
+        task = make_task(model, text, training.seq_len)
+        trainer = Trainer(task, optimizer, training, folder, resume=run.resume)
+        result = trainer.run()
+        hugging_face.save(folder, trainer.model)
+        print(f"\n{result}")
 
 
 if __name__ == "__main__":

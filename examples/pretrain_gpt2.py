@@ -13,14 +13,13 @@ On two CPU cores it takes three minutes and ends at a validation loss of 2.71
 
 import dataclasses
 
-from tokenizers import Tokenizer
-
 from pretraining import cli
 from pretraining.data import baselines, corpus, tokenization
 from pretraining.data.pipeline import Windows
 from pretraining.models import gpt2, hugging_face, sampling
-from pretraining.options import option, positive_int
+from pretraining.options import option, vocabulary_size
 from pretraining.task import Task
+from pretraining.training import runs
 from pretraining.training.devices import compute_dtype
 from pretraining.training.optimizers import OptimizerOptions
 from pretraining.training.trainer import Trainer, TrainingOptions
@@ -32,7 +31,7 @@ class ModelOptions:
 
     size: str = option("tiny", "of the model", choices=gpt2.SIZES)
     vocab_size: int | None = option(
-        None, "tokens to learn (default: the size's own)", type=positive_int
+        None, "tokens to learn (default: the size's own)", type=vocabulary_size
     )
     prompt: str = option("", "what the text sample at the end continues")
 
@@ -49,21 +48,18 @@ def make_task(
         n_positions=max(length, config.n_positions),
         dtype=compute_dtype(),
     )
-    train_text, validation_text = corpus.split(corpus.load(text))
-    tokenizer = tokenization.byte_level_bpe(train_text, config.vocab_size)
-    start = tokenization.END_OF_TEXT
-    train_tokens = tokenization.encode(tokenizer, train_text, start)
-    validation_tokens = tokenization.encode(tokenizer, validation_text, start)
+    tokenizer, train, validation = tokenization.learn_and_encode(
+        text, tokenization.byte_level_bpe, config.vocab_size, tokenization.END_OF_TEXT
+    )
+    sampling.check_prompt(tokenizer, model.prompt, length)
     return Task(
         name=f"GPT-2 {model.size}",
         make_model=lambda rngs: gpt2.GPT2(config, rngs=rngs),
         loss_fn=gpt2.next_token_loss,
-        train=Windows(train_tokens, length),
-        validation=Windows(validation_tokens, length),
+        train=Windows(train, length),
+        validation=Windows(validation, length),
         tokens_per_record=length,
-        references=baselines.cross_entropies(
-            train_tokens, validation_tokens, config.vocab_size
-        ),
+        references=baselines.cross_entropies(train, validation, config.vocab_size),
         options=dataclasses.asdict(model) | dataclasses.asdict(text),
         files={"tokenizer.json": tokenizer.to_str(pretty=True)},
     )
@@ -76,21 +72,15 @@ def main() -> None:
         [ModelOptions, corpus.TextOptions, OptimizerOptions, TrainingOptions],
         defaults={"batch_size": 32},
     )
-    task = make_task(model, text, training.seq_len)
-    length = task.tokens_per_record
-    print(
-        f"{task.name}, {len(task.train) * length:,} tokens to train on, "
-        f"{len(task.validation) * length:,} held out; writing to {run.output}",
-        flush=True,
-    )
-    trainer = Trainer(task, optimizer, training, run)
-    result = trainer.run()
-    hugging_face.save(run.output, trainer.model)
-
-    tokenizer = Tokenizer.from_str(task.files["tokenizer.json"])
-    prompt = tokenizer.encode(tokenization.END_OF_TEXT + model.prompt).ids
-    tokens = sampling.sample(trainer.model, prompt, length, seed=training.seed)
-    print(f"\nSample: {tokenizer.decode(tokens)}\n\n{result}")
+    with runs.claim("pretrain_gpt2", run) as folder:
+        task = make_task(model, text, training.seq_len)
+        trainer = Trainer(task, optimizer, training, folder, resume=run.resume)
+        result = trainer.run()
+        hugging_face.save(folder, trainer.model)
+        sample = sampling.continue_text(
+            trainer.model, task, model.prompt, training.seed
+        )
+        print(f"\nSample: {sample}\n\n{result}")
 
 
 if __name__ == "__main__":

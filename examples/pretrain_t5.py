@@ -12,17 +12,17 @@ On an accelerator:
 """
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 
 from pretraining import cli
 from pretraining.data import baselines, corpus, tokenization
 from pretraining.data.pipeline import Windows
-from pretraining.data.span_corruption import END, SpanCorruption
+from pretraining.data.span_corruption import END, SpanCorruption, unigram
 from pretraining.models import hugging_face, t5
-from pretraining.options import option, positive_int
-from pretraining.task import Record, Task
+from pretraining.options import option, vocabulary_size
+from pretraining.task import Records, Task
+from pretraining.training import runs
 from pretraining.training.devices import compute_dtype
 from pretraining.training.optimizers import OptimizerOptions
 from pretraining.training.trainer import Trainer, TrainingOptions
@@ -36,7 +36,7 @@ class ModelOptions:
     vocab_size: int | None = option(
         None,
         "tokens to learn, 100 sentinels included (default: the size's own)",
-        type=positive_int,
+        type=vocabulary_size,
     )
 
 
@@ -50,17 +50,16 @@ def make_task(
         vocab_size=model.vocab_size or config.vocab_size,
         dtype=compute_dtype(),
     )
-    train_text, validation_text = corpus.split(corpus.load(text))
-    tokenizer = tokenization.unigram(train_text, config.vocab_size)
-    train_tokens = tokenization.encode(tokenizer, train_text, END)
-    validation_tokens = tokenization.encode(tokenizer, validation_text, END)
+    tokenizer, *tokens = tokenization.learn_and_encode(
+        text, unigram, config.vocab_size, END
+    )
     corruption = SpanCorruption.of(tokenizer, seq_len or t5.INPUTS[model.size])
-    train = Windows(train_tokens, corruption.length, overlap=0)
-    validation = Windows(validation_tokens, corruption.length, overlap=0)
+    train, validation = (Windows(part, corruption.length, overlap=0) for part in tokens)
 
-    def targets(records: Sequence[Record]) -> np.ndarray:
+    def targets(records: Records) -> np.ndarray:
         generator = np.random.default_rng(0)
-        return np.concatenate([corruption(r, generator)["targets"] for r in records])
+        corrupted = (corruption(records[k], generator) for k in range(len(records)))
+        return np.concatenate([record["targets"] for record in corrupted])
 
     return Task(
         name=f"T5 {model.size}",
@@ -84,17 +83,12 @@ def main() -> None:
         __doc__,
         [ModelOptions, corpus.TextOptions, OptimizerOptions, TrainingOptions],
     )
-    task = make_task(model, text, training.seq_len)
-    length = task.tokens_per_record
-    print(
-        f"{task.name}, {len(task.train) * length:,} tokens to train on, "
-        f"{len(task.validation) * length:,} held out; writing to {run.output}",
-        flush=True,
-    )
-    trainer = Trainer(task, optimizer, training, run)
-    result = trainer.run()
-    hugging_face.save(run.output, trainer.model)
-    print(f"\n{result}")
+    with runs.claim("pretrain_t5", run) as folder:
+        task = make_task(model, text, training.seq_len)
+        trainer = Trainer(task, optimizer, training, folder, resume=run.resume)
+        result = trainer.run()
+        hugging_face.save(folder, trainer.model)
+        print(f"\n{result}")
 
 
 if __name__ == "__main__":

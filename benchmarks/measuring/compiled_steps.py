@@ -21,9 +21,8 @@ OPTIMIZERS = {k: make for k, make in updates.OPTIMIZERS.items() if k != "Adafact
 
 def one_chip(name: str) -> topologies.Target:
     """Returns one chip to compile for; call it before anything else uses JAX."""
-    effort = "jax_exec_time_optimization_effort"
-    if hasattr(jax.config, effort):  # Not in JAX 0.11 any more.
-        jax.config.update(effort, -1.0)  # Compiles several times faster.
+    # Compiles several times faster.
+    jax.config.update("jax_exec_time_optimization_effort", -1.0)
     target = chips.target(name)
     return dataclasses.replace(target, devices=target.devices[:1])
 
@@ -69,8 +68,8 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
     def widen(tree: Any) -> Any:
         return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
-    def update(grads: Any, state: Any, params: Any = None) -> Any:
-        new, state = tx.update(widen(grads), state, widen(params))
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        new, state = tx.update(widen(updates), state, widen(params))
         return jax.tree.map(lambda u, p: u.astype(p.dtype), new, params), state
 
     return optax.GradientTransformation(lambda params: tx.init(widen(params)), update)

@@ -1,10 +1,8 @@
 """The optimizers and the parameters that updates are measured with."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -12,19 +10,19 @@ import numpy as np
 import optax
 from flax import nnx
 
-from came_optax import _schedules as schedules
 from came_optax import came
 from pretraining.models import bert, gpt2
 
 # Made when called: to compile for GPUs that aren't there, JAX has to be unused before.
-OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
+OPTIMIZERS: dict[str, Any] = {
     "SGD": partial(optax.sgd, 1e-3),
     "AdamW": partial(optax.adamw, 1e-3, weight_decay=0.1),
     "Adafactor": partial(optax.adafactor, 1e-3),
     "Adafactor, momentum": partial(optax.adafactor, 1e-3, momentum=0.9),
-} | {
-    f"CAME, {dtype}": partial(came, 1e-3, weight_decay=0.1, mu_dtype=dtype)
-    for dtype in ("float32", "bfloat16", "int8", "int4")
+    **{
+        f"CAME, {dtype}": partial(came, 1e-3, weight_decay=0.1, mu_dtype=dtype)
+        for dtype in ("float32", "bfloat16", "int8", "int4")
+    },
 }
 
 
@@ -70,13 +68,6 @@ def make_update(tx: optax.GradientTransformation) -> Any:
         return optax.apply_updates(params, updates), state
 
     return jax.jit(update, donate_argnums=(0, 1))
-
-
-@contextlib.contextmanager
-def plain() -> Iterator[None]:
-    """What is traced within computes CAME as it is written, on every platform."""
-    with mock.patch.dict(schedules.BY_PLATFORM, clear=True):
-        yield
 
 
 def _shapes(make_model: Callable[[], nnx.Module]) -> Any:

@@ -19,7 +19,6 @@ from pretraining.errors import Interrupted, UserError
 from pretraining.task import Task
 from pretraining.training import metrics
 from pretraining.training.optimizers import OptimizerOptions
-from pretraining.training.runs import RunOptions
 from pretraining.training.trainer import Trainer, TrainingOptions
 
 CORPORA = ("sotu", "movies", "wikipedia")
@@ -124,11 +123,11 @@ def train(
     def half_way(step: int) -> bool:
         return step >= steps // 2 or too_late(step)
 
+    output.mkdir()
     resumed_at, result = [], None
     stop_when = half_way if interrupts else too_late
     while result is None and not (resumed_at and too_late(0)):
-        options = RunOptions(output=str(output), resume=bool(resumed_at))
-        trainer = Trainer(task, optimizer, training, options)
+        trainer = Trainer(task, optimizer, training, output, resume=bool(resumed_at))
         try:
             with Watch(output, stop_when):
                 result = trainer.run()

@@ -1,8 +1,9 @@
 """What a compiled program sends between chips, read from its optimised HLO text."""
 
 import dataclasses
-import math
 import re
+
+from compiling.hlo import array_sizes, computations
 
 KINDS = (
     "all-gather",
@@ -15,13 +16,11 @@ KINDS = (
 
 COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 CHANNEL = re.compile(r"channel_id=(\d+)")
-COMPUTATION = re.compile(r"(ENTRY )?(%\S+) \(.*\{$")
 CALLED = re.compile(r"(?:calls|to_apply|body)=(%[^\s,)]+)")
 BRANCHES = re.compile(r"branch_computations=\{(.*?)\}")
 LOOP = re.compile(r" while\(.*condition=(%[^\s,)]+)")
 KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 LIMIT = re.compile(r" = [su]32\[\]\S* constant\((\d+)\)")
-ARRAY = re.compile(r"([a-z]+)(\d*)[a-z0-9]*\[([0-9,]*)\]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,17 +52,17 @@ def collectives(hlo: str) -> list[Collective]:
     Raises:
       ValueError: a loop's text does not tell how often it runs.
     """
-    computations, entry = _computations(hlo)
+    lines, entry = computations(hlo)
     found = []
     seen = set()
 
     def visit(name: str, times: int) -> None:
-        for line in computations[name]:
+        for line in lines[name]:
             if match := COLLECTIVE.search(line):
                 channel = CHANNEL.search(line)
                 if channel is None or channel[1] not in seen:
                     seen.add(channel and channel[1])
-                    arrays = _array_bytes(match[1])
+                    arrays = array_sizes(match[1])
                     if match[3] and match[2] in ("all-gather", "reduce-scatter"):
                         arrays = arrays[len(arrays) // 2 :]  # (operands, results)
                     elif match[3] and match[2] == "collective-permute":
@@ -71,7 +70,7 @@ def collectives(hlo: str) -> list[Collective]:
                     found.append(Collective(match[2], arrays, times))
             inside = times
             if loop := LOOP.search(line):
-                inside *= _trips(line, computations[loop[1]])
+                inside *= _trips(line, lines[loop[1]])
             called = CALLED.findall(line)
             for branches in BRANCHES.findall(line):
                 called += [branch.strip() for branch in branches.split(",")]
@@ -82,21 +81,6 @@ def collectives(hlo: str) -> list[Collective]:
     return found
 
 
-def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
-    """Returns the lines of each computation, and the entry's name."""
-    computations: dict[str, list[str]] = {}
-    entry = lines = None
-    for line in hlo.splitlines():
-        if header := COMPUTATION.match(line):
-            lines = computations.setdefault(header[2], [])
-            entry = header[2] if header[1] else entry
-        elif lines is not None:
-            lines.append(line)
-    if entry is None:
-        raise ValueError("no ENTRY computation in this HLO text")
-    return computations, entry
-
-
 def _trips(loop: str, condition: list[str]) -> int:
     """Returns how often a while loop runs, counting from 0 as ``lax.scan`` does."""
     if known := KNOWN_TRIPS.search(loop):
@@ -105,11 +89,3 @@ def _trips(loop: str, condition: list[str]) -> int:
     if len(limits) != 1:
         raise ValueError(f"cannot tell how often the loop runs: {loop.strip()[:200]}")
     return limits[0]
-
-
-def _array_bytes(types: str) -> tuple[int, ...]:
-    sizes = []
-    for kind, bits, shape in ARRAY.findall(types):
-        elements = math.prod(int(n) for n in shape.split(",") if n)
-        sizes.append(elements * (8 if kind == "pred" else int(bits or 0)) // 8)
-    return tuple(sizes)

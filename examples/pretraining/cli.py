@@ -1,15 +1,21 @@
-"""Command lines made from option dataclasses; one dataclass is one group of --help."""
+"""Command lines made from option dataclasses; one dataclass is one group of --help.
+
+`tyro` does as much from the same dataclasses, but takes numbers out of range unless
+each type says otherwise, and tells a wrong one in a box of seven lines.
+"""
 
 import argparse
+import contextlib
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pretraining.errors import Interrupted, UserError
+from pretraining.errors import UserError
 from pretraining.training import runs
-from pretraining.training.devices import connect, first_says
+from pretraining.training.devices import connect
 
 
 def parse(
@@ -38,13 +44,11 @@ def parse(
     if args.resume:
         from pretraining.training.checkpoints import Checkpoints  # Slow to import.
 
-        output = Path(args.output or runs.latest(name))
-        runs.prepare(output, resume=True)
-        options = Checkpoints(output, read_only=True).load_about()["options"]
-        parser.set_defaults(**options, output=str(output))
-        args = parser.parse_args(argv)
-    elif args.output is None:
-        args.output = first_says(str(runs.next_free(name)))
+        folder = Path(args.output or runs.latest(name))
+        if runs.steps(folder):  # Otherwise `runs.claim` says so.
+            parser.set_defaults(**Checkpoints(folder).load_about()["options"])
+            args = parser.parse_args(argv)
+        args.output = str(folder)
     return _instances(groups, args)
 
 
@@ -53,6 +57,51 @@ def parse_without_run(
 ) -> list[Any]:
     """Parses like `parse`, for a script that is no single training run."""
     return _instances(groups, _make_parser(document, groups, {}).parse_args(argv))
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Runs a script's main function and exits.
+
+    What is no fault of the program ends in a line that says what is wrong, and the exit
+    code 2; or 130 after Ctrl-C.
+    """
+    for name in ("stdout", "stderr"):  # None in a process started without them.
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+    try:
+        connect()
+        main()
+        sys.stdout.flush()
+    except (Exception, KeyboardInterrupt) as error:
+        reason = _explain(error)
+        if reason is None:
+            raise
+        if isinstance(error, BrokenPipeError):
+            # Python flushes it once more on its way out.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        message = "; ".join([reason, *getattr(error, "__notes__", ())])
+        with contextlib.suppress(OSError):  # That may be closed too.
+            print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
+    sys.exit(0)
+
+
+def _explain(error: BaseException) -> str | None:
+    """Returns one line for the user, None for what a programmer has to look at."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, BrokenPipeError) and error.filename is None:
+        return "nobody reads what this prints any more"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{error.filename or 'file'}: {error.strerror}"
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+        return f"out of memory, with this model and batch: {text[:200]}"
+    if isinstance(error, RuntimeError) and "initialize backend" in text:
+        return f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: {text[:200]}"
+    return None
 
 
 def _make_parser(
@@ -84,29 +133,6 @@ def _instances(groups: Sequence[type], args: argparse.Namespace) -> list[Any]:
     ]
 
 
-def run(main: Callable[[], None]) -> NoReturn:
-    """Runs a script's main function and exits: 2 for the user's errors."""
-    script = Path(sys.argv[0])
-    connect()
-    try:
-        main()
-    except UserError as error:
-        _exit(2, f"{script.name}: {' '.join(str(error).split())}")
-    except OSError as error:
-        if error.errno is None:
-            raise
-        _exit(2, f"{script.name}: {error.filename or 'file'}: {error.strerror}")
-    except Interrupted as interrupted:
-        _exit(
-            130,
-            f"{interrupted}\n"
-            f"Continue: python {script} --resume --output {interrupted.folder}",
-        )
-    except KeyboardInterrupt:
-        _exit(130, f"\n{script.name}: interrupted")
-    sys.exit(0)
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see --help\n")
@@ -114,8 +140,3 @@ class _Parser(argparse.ArgumentParser):
 
 def _title(group: type) -> str:
     return (group.__doc__ or "").removeprefix("Options for ").removesuffix(".")
-
-
-def _exit(code: int, message: str) -> NoReturn:
-    print(message, file=sys.stderr)
-    sys.exit(code)

@@ -1,7 +1,5 @@
 """Reasons to stop that the user should read as one line, without a traceback."""
 
-from pathlib import Path
-
 
 class UserError(Exception):
     """A wrong argument, file or folder; says which, what was given, what is allowed."""
@@ -11,9 +9,9 @@ class Diverged(UserError):
     """The loss or a gradient is no longer finite."""
 
 
-class Interrupted(Exception):
-    """Stopped on request after saving a step in a run's folder."""
+class CannotSave(UserError):
+    """A checkpoint could not be written."""
 
-    def __init__(self, step: int, folder: Path):
-        super().__init__(f"interrupted: step {step} is saved in {folder}")
-        self.folder = folder
+
+class Interrupted(KeyboardInterrupt):
+    """Stopped by Ctrl-C or SIGTERM, after saving a checkpoint."""

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+LARGEST = 2**31 - 1  # Of what JAX counts in int32.
+
 
 def option(default: Any, help: str, **kwargs: Any) -> Any:
     """A dataclass field that is also a command-line option.
@@ -24,11 +26,15 @@ def option(default: Any, help: str, **kwargs: Any) -> Any:
 
 
 def positive_int(text: str) -> int:
-    return _number(int, text, lambda n: n > 0, "a whole number above 0")
+    return _number(int, text, lambda n: 0 < n <= LARGEST, f"from 1 to {LARGEST:,}")
 
 
 def non_negative_int(text: str) -> int:
-    return _number(int, text, lambda n: n >= 0, "0 or a whole number above it")
+    return _number(int, text, lambda n: 0 <= n <= LARGEST, f"from 0 to {LARGEST:,}")
+
+
+def vocabulary_size(text: str) -> int:
+    return _number(int, text, lambda n: 0 < n <= 10**6, "from 1 to 1,000,000")
 
 
 def positive_float(text: str) -> float:
@@ -47,6 +53,7 @@ _METAVARS = {
     int: "N",
     positive_int: "N",
     non_negative_int: "N",
+    vocabulary_size: "N",
     positive_float: "X",
     non_negative_float: "X",
     decay_rate: "X",
@@ -61,5 +68,6 @@ def _number(
     except ValueError:
         number = None
     if number is None or not allowed(number):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {description}")
+        noun = {int: "a whole number ", float: ""}[kind]
+        raise argparse.ArgumentTypeError(f"{text!r} is not {noun}{description}")
     return number

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -12,11 +12,26 @@ Batch = Mapping[str, jax.Array]
 Record = Mapping[str, np.ndarray]
 
 
+class Records(Protocol):
+    """Records of named arrays, with random access.
+
+    Attributes:
+        arrays: All that they hold, to tell them from others.
+    """
+
+    @property
+    def arrays(self) -> Sequence[np.ndarray]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Record: ...
+
+
 class Mean(NamedTuple):
     """A mean kept as sum and count, so that means of batches add up exactly."""
 
     total: jax.Array
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,8 +44,8 @@ class Task:
         loss_fn: `(model, batch, rngs)` to named means; "loss" is minimised, the others
             are reported. `batch` is a batch of records plus "weight" (B,), 0 on rows
             that only pad the last batch. `rngs` is None in evaluation: no dropout.
-        train: Records with random access, e.g. `pipeline.Windows`.
-        validation: Held-out records.
+        train: What is learnt from, e.g. `pipeline.Windows`.
+        validation: What is held out.
         tokens_per_record: Tokens that one record trains on, for the statistics.
         transform: Applied to each record with its own random generator, e.g. masking.
         pretrained: From the first parameters to those that training begins with.
@@ -42,8 +57,8 @@ class Task:
     name: str
     make_model: Callable[[nnx.Rngs], nnx.Module]
     loss_fn: Callable[[Any, Batch, nnx.Rngs | None], dict[str, Mean]]
-    train: Sequence[Record]
-    validation: Sequence[Record]
+    train: Records
+    validation: Records
     tokens_per_record: int
     transform: Callable[[Record, np.random.Generator], Record] | None = None
     pretrained: Callable[[Any], Any] | None = None

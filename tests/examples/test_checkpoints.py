@@ -1,16 +1,19 @@
 """Checkpoints: complete or absent, and checked against what is to be restored."""
 
-import shutil
-import sys
-import warnings
+import errno
+import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import chex
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
-from pretraining.errors import UserError
+from pretraining.errors import CannotSave, UserError
+from pretraining.training import runs
 from pretraining.training.checkpoints import Checkpoints
 from pretraining.training.step import TrainState
 
@@ -37,28 +40,17 @@ def test_the_newest_two_are_kept(tmp_path: Path):
     assert folders == ["4", "6"]
 
 
-def test_a_half_written_one_is_never_chosen(tmp_path: Path):
+@pytest.mark.parametrize("older", [(), (2,)])
+def test_a_half_written_one_is_none(tmp_path: Path, older: tuple[int, ...]):
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(make_state(2))
-    folder = tmp_path / "checkpoints"
-    shutil.copytree(folder / "2", folder / "4.orbax-checkpoint-tmp")
-    assert Checkpoints(tmp_path, read_only=True).latest_step == 2
-    reopened = Checkpoints(tmp_path)
-    assert reopened.latest_step == 2
-    reopened.save(make_state(4))
-    chex.assert_trees_all_equal(reopened.restore(init), make_state(4))
-
-
-def test_only_the_one_that_saves_removes_a_half_written_one(tmp_path: Path):
-    Checkpoints(tmp_path).save(make_state(2))
-    half = tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp"
-    half.mkdir()
-    reader = Checkpoints(tmp_path, read_only=True)
-    for _ in range(10):  # Time in which a removal would be over.
-        assert reader.load_about()
-    assert half.exists()
-    Checkpoints(tmp_path).save(make_state(6))
+    for step in older:
+        checkpoints.save(make_state(step))
+    half = tmp_path / "checkpoints" / "tmp-4"
+    (half / "state.orbax-checkpoint-tmp").mkdir(parents=True)
+    assert runs.steps(tmp_path) == list(older)
+    checkpoints.save(make_state(4))
     assert not half.exists()
+    chex.assert_trees_all_equal(Checkpoints(tmp_path).restore(init), make_state(4))
 
 
 @pytest.mark.parametrize(
@@ -79,35 +71,79 @@ def test_another_model_or_optimizer_is_refused(
         checkpoints.restore(jax.jit(lambda: other))
 
 
-@pytest.mark.parametrize("pattern", ["state/**/*", "about/metadata"])
-def test_a_damaged_one_names_the_older(tmp_path: Path, pattern: str):
+def damaging(path: Path) -> Iterator[str]:
+    """Damages a file in each way and yields how."""
+    content = path.read_bytes()
+    for name, changed in (
+        ("cut", content[: len(content) // 2]),
+        ("empty", b""),
+        ("bit", bytes([content[0] ^ 4]) + content[1:]),
+        ("last bit", content[:-1] + bytes([content[-1] ^ 64])),
+        ("zeros", bytes(len(content))),
+        ("absent", None),
+    ):
+        if changed == content:
+            continue
+        path.unlink()
+        if changed is not None:
+            path.write_bytes(changed)
+        yield name
+        path.write_bytes(content)
+
+
+def test_whatever_is_damaged_is_named_and_so_is_the_older(tmp_path: Path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(make_state(2))
     checkpoints.save(make_state(4))
-    for path in (tmp_path / "checkpoints" / "4").glob(pattern):
-        if path.is_file():
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(UserError, match=r"4: damaged .* go on from step 2"):
-        Checkpoints(tmp_path).restore(init)
-    shutil.rmtree(tmp_path / "checkpoints" / "4")
-    chex.assert_trees_all_equal(Checkpoints(tmp_path).restore(init), make_state(2))
+    newest = tmp_path / "checkpoints" / "4"
+    files = [path for path in newest.rglob("*") if path.is_file()]
+    assert {"about.json", "SHA256SUMS"} < {path.name for path in files}
+    for path in files:
+        for how in damaging(path):
+            with pytest.raises(UserError) as caught:
+                checkpoints.restore(init)
+            message = str(caught.value)
+            assert "4: damaged checkpoint (" in message, (path, how)
+            assert message.endswith("go on from step 2, which is sound")
+            assert "\n" not in message
+    chex.assert_trees_all_equal(checkpoints.restore(init), make_state(4))
 
 
-def test_what_outlives_a_failed_save_is_not_reported(
+def test_a_damaged_older_one_is_not_recommended(tmp_path: Path):
+    checkpoints = Checkpoints(tmp_path)
+    for step in 2, 4:
+        checkpoints.save(make_state(step))
+        (tmp_path / "checkpoints" / str(step) / "about.json").write_text("{}")
+    with pytest.raises(UserError, match="there is no other; begin anew"):
+        checkpoints.restore(init)
+
+
+def test_checksums_are_what_sha256sum_reads(tmp_path: Path):
+    Checkpoints(tmp_path).save(make_state(2))
+    command = ["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"]
+    subprocess.run(command, cwd=tmp_path / "checkpoints" / "2", check=True)
+
+
+def test_a_state_of_other_containers_is_restored(tmp_path: Path):
+    """As when --weight-decay becomes 0: a transformation without a state is gone."""
+    state = make_state(2)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state._replace(opt_state=(optax.EmptyState(), *state.opt_state)))
+    other = state._replace(opt_state={"1": state.opt_state[0], "2": state.opt_state[1]})
+    restored = checkpoints.restore(jax.jit(lambda: other))
+    chex.assert_trees_all_equal(restored, other)
+
+
+def test_a_full_disk_is_one_line_and_leaves_what_is_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    reports: list[object] = []
-    monkeypatch.setattr(sys, "unraisablehook", reports.append)
-    Checkpoints(tmp_path)
-    warnings.simplefilter("error")  # As in these tests, when the late one arrives.
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(make_state(2))
 
-    async def write_fragment():
-        pass
+    def fallocate(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    async def other():
-        pass
-
-    write_fragment()
-    assert reports == []
-    other()
-    assert len(reports) == 1
+    monkeypatch.setattr(os, "posix_fallocate", fallocate)
+    with pytest.raises(CannotSave, match="cannot save step 4: No space left on device"):
+        checkpoints.save(make_state(4))
+    assert runs.steps(tmp_path) == [2]

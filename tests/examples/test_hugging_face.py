@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from pretraining.errors import UserError
 from pretraining.models import bert, gpt2, hugging_face, t5
@@ -124,4 +126,96 @@ class TestWhatDoesNotFit:
 
     def test_tokenizer(self, saved: tuple[str, Any], tmp_path: Path):
         with pytest.raises(UserError, match=r"tokenizer\.json: not a tokenizer"):
-            hugging_face.load_tokenizer(tmp_path)
+            hugging_face.load_tokenizer(tmp_path, 11)
+        vocabulary = {f"token {k}": k for k in range(12)}
+        tokenizer = Tokenizer(WordLevel(vocabulary))
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        with pytest.raises(UserError, match=r"has 12 tokens, more than the model's 11"):
+            hugging_face.load_tokenizer(tmp_path, 11)
+        with pytest.raises(UserError, match=r"tokenizer\.json: has no \[PAD\]"):
+            hugging_face.load_tokenizer(tmp_path, 12, ["[PAD]"])
+        assert hugging_face.load_tokenizer(tmp_path, 12).get_vocab() == vocabulary
+
+    @pytest.mark.parametrize(
+        ("value", "message"),
+        [
+            ({"num_attention_heads": None}, "num_attention_heads is None; must be int"),
+            ({"num_attention_heads": 5}, "hidden_size 12 is no multiple of num_att"),
+            ({"hidden_size": [12]}, r"hidden_size is \[12\]; must be int, 1 or more"),
+            ({"vocab_size": 0}, "vocab_size is 0; must be int, 1 or more"),
+            ({"vocab_size": True}, "vocab_size is True; must be int"),
+            ({"layer_norm_eps": "small"}, "layer_norm_eps is 'small'; must be float"),
+            ({"is_decoder": True}, "is_decoder is True; only False is implemented"),
+        ],
+    )
+    def test_values(
+        self,
+        saved: tuple[str, Any],
+        tmp_path: Path,
+        value: dict[str, Any],
+        message: str,
+    ):
+        change(tmp_path, **value)
+        with pytest.raises(UserError, match=rf"config\.json: {message}"):
+            self.load(tmp_path)
+
+    def test_json_that_is_no_object(self, saved: tuple[str, Any], tmp_path: Path):
+        (tmp_path / "config.json").write_text("[1, 2]")
+        with pytest.raises(UserError, match=r"config\.json: must be an object"):
+            self.load(tmp_path)
+
+    def test_names_of_early_checkpoints(self, saved: tuple[str, Any], tmp_path: Path):
+        path = tmp_path / "model.safetensors"
+        tensors = {
+            name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+                "LayerNorm.bias", "LayerNorm.beta"
+            ): tensor
+            for name, tensor in safetensors.numpy.load_file(path).items()
+        }
+        assert any(name.endswith("gamma") for name in tensors)
+        safetensors.numpy.save_file(tensors, path)
+        self.load(tmp_path)
+
+
+@pytest.mark.parametrize("saved", ["t5-v1.0"], indirect=True)
+class TestT5:
+    def test_absent_fields_are_theirs(self, saved: tuple[str, Any], tmp_path: Path):
+        path = tmp_path / "config.json"
+        path.write_text('{"model_type": "t5", "num_layers": 3}')
+        config = hugging_face.load_config(tmp_path, "t5")
+        assert (config.num_layers, config.num_decoder_layers) == (3, 3)
+        assert (config.d_ff, config.num_heads) == (2048, 8)
+        assert config.feed_forward_proj == "relu"
+        assert config.tie_word_embeddings and config.scale_decoder_outputs
+
+    def test_unknown_activation(self, saved: tuple[str, Any], tmp_path: Path):
+        change(tmp_path, feed_forward_proj="gated-silu")
+        with pytest.raises(UserError, match="'gated-silu'; only 'relu' or 'gated"):
+            hugging_face.load_config(tmp_path, "t5")
+
+    def test_an_untied_head_must_be_there(self, saved: tuple[str, Any], tmp_path: Path):
+        change(tmp_path, tie_word_embeddings=False)
+        with pytest.raises(UserError, match=r"false in config\.json, but no lm_head"):
+            hugging_face.load_config(tmp_path, "t5")
+
+
+def test_a_full_disk_leaves_the_model_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    build, config = MODELS["gpt2"]
+    model = nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0)))
+    nnx.update(model, jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param)))
+    hugging_face.save(tmp_path, model)
+    before = (tmp_path / "model.safetensors").read_bytes()
+
+    def save_file(_: Any, path: Path, **__: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise safetensors.SafetensorError(
+            "I/O error: No space left on device (os error 28)"
+        )
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", save_file)
+    with pytest.raises(OSError, match=r"No space left on device: .*model\.safetensors"):
+        hugging_face.save(tmp_path, model)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 2

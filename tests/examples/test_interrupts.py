@@ -1,6 +1,7 @@
 """A run that is killed, interrupted or out of disk loses nothing that was saved."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ ARGUMENTS = [
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory):
     """Starts the script in a new process on one device."""
-    folder = tmp_path_factory.mktemp("interrupts")
+    folder = tmp_path_factory.mktemp("it's ünder $HOME; ")
     sentences = (f"Sentence {i} says {i * i} times {i % 7}.\n" for i in range(2_000))
     (folder / "text.txt").write_text("".join(sentences))
     environment = os.environ | {
@@ -48,6 +49,7 @@ def start(tmp_path_factory: pytest.TempPathFactory):
         )
 
     start_process.folder = folder
+    start_process.environment = environment
     return start_process
 
 
@@ -91,13 +93,25 @@ def test_stopped_and_resumed_equals_straight(start, straight, number: signal.Sig
         assert process.returncode == 130
         assert f"is saved in {name}\n" in error
         assert f"--resume --output {name}\n" in error
+        command = error.partition("Continue: ")[2]  # From anywhere, as it stands.
         assert "Traceback" not in error
     else:
+        command = shlex.join(
+            [sys.executable, str(SCRIPT), "--resume", "--output", name]
+        )
+        command = f"cd {shlex.quote(str(start.folder))} && {command}"
         assert process.returncode == -number
     assert "40" not in os.listdir(start.folder / name / "checkpoints")
 
-    output = finish(start("--resume", "--output", name))
-    assert "step 40" in output
+    process = subprocess.run(
+        command,
+        shell=True,
+        cwd="/",
+        env=start.environment,
+        capture_output=True,
+        text=True,
+    )
+    assert "step 40" in process.stdout, process.stderr
     rows, state = read_run(start.folder / name)
     straight_rows, straight_state = straight
     assert rows == straight_rows
@@ -112,7 +126,7 @@ def test_a_full_disk_keeps_what_is_saved(start):
     process = start(*again, setup=limit)
     _, error = process.communicate()
     assert process.returncode == 2, error
-    assert "cannot save step 40: File too large; step 20 is safe\n" in error
+    assert "cannot save step 40: File too large; step 20 is saved in full\n" in error
     assert "Traceback" not in error, error
     finish(start(*again))
     assert sorted(os.listdir(start.folder / "full" / "checkpoints")) == ["20", "40"]

@@ -1,12 +1,13 @@
 """Labelled texts: read, split without overlap, encoded."""
 
+import csv
 import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pretraining.data import labelled, tokenization
+from pretraining.data import labelled, masking
 from pretraining.data.labelled import Examples, Labelled, LabelledTextOptions
 from pretraining.errors import UserError
 
@@ -40,9 +41,22 @@ def test_csv(tmp_path: Path):
     assert rows == [Labelled("One,\ntwo", "x"), Labelled("Three", "y")]
 
 
+def test_csv_of_a_spreadsheet_with_long_texts_and_many_labels(tmp_path: Path):
+    path = tmp_path / "mine.csv"
+    limit = csv.field_size_limit()
+    lines = [f"{'x' * 200_000} {i},label {i}" for i in range(2)]
+    lines += [f"text {i},label {i % 20_000}" for i in range(40_000)]
+    path.write_text("\n".join(["text,label", *lines]), encoding="utf-8-sig")
+    rows = labelled.load(LabelledTextOptions(csv=str(path)))
+    assert len(rows) == 40_002
+    assert labelled.frequency_loss(rows, rows) == pytest.approx(np.log(20_000), abs=0.1)
+    assert csv.field_size_limit() == limit
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ('text,label\nOne,"x\n', "line 2: unexpected end of data"),
         ("", "no column label or text in it"),
         ("text\nOne\n", "no column label in it"),
         ("text,label\nOne,x\n,y\n", "line 3 has no text or label"),
@@ -64,7 +78,7 @@ def test_too_few_to_split():
 
 def test_examples_are_cut_and_padded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    tokenizer = tokenization.wordpiece([row.text for row in ROWS], 100)
+    tokenizer = masking.wordpiece([row.text for row in ROWS], 100)
     rows = [Labelled("many", "b"), Labelled("Sentence 12 of many, many, many", "a")]
     short, long = Examples(rows, ["a", "b"], tokenizer, 6)
     many = tokenizer.token_to_id("many")
@@ -73,6 +87,17 @@ def test_examples_are_cut_and_padded(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert long["tokens"][[0, -1]].tolist() == [2, 3]
     assert long["mask"].all()
     assert (short["label"], long["label"]) == (1, 0)
+
+
+def test_a_length_without_a_place_for_text_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tokenizer = masking.wordpiece([row.text for row in ROWS], 100)
+    with pytest.raises(UserError, match="--seq-len 2: must be at least 3"):
+        Examples(ROWS, ["a", "b"], tokenizer, 2)
+    spelled = Examples([Labelled("[MASK]", "a")], ["a"], tokenizer, 8)[0]["tokens"]
+    assert tokenizer.token_to_id("[MASK]") not in spelled
 
 
 def test_frequency_loss():

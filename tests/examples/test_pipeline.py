@@ -20,10 +20,9 @@ def make_task(**changes) -> Task:
         name="mock",
         make_model=lambda rngs: None,
         loss_fn=lambda model, batch, rngs: {},
-        train=Windows(TOKENS, 8),
-        validation=Windows(TOKENS[:57], 8),
+        **{"train": Windows(TOKENS, 8), "validation": Windows(TOKENS[:57], 8)}
+        | changes,
         tokens_per_record=8,
-        **changes,
     )
 
 
@@ -94,15 +93,20 @@ def test_validation_has_each_record_once_and_padding_of_weight_zero():
     )
 
 
-def test_fingerprint_follows_the_records():
-    assert pipeline.fingerprint(Windows(TOKENS, 8)) == pipeline.fingerprint(
-        Windows(TOKENS.copy(), 8)
+def test_fingerprint_follows_every_token():
+    changed = TOKENS.copy()
+    changed[40] += 1
+    same, *others = (
+        pipeline.fingerprint(make_task(**records))
+        for records in (
+            {"train": Windows(TOKENS.copy(), 8)},
+            {"train": Windows(changed, 8)},
+            {"train": Windows(TOKENS, 4)},
+            {"validation": Windows(changed[:57], 8)},
+        )
     )
-    changed = {
-        pipeline.fingerprint(records)
-        for records in (Windows(TOKENS, 8), Windows(TOKENS + 1, 8), Windows(TOKENS, 4))
-    }
-    assert len(changed) == 3
+    assert same == pipeline.fingerprint(make_task())
+    assert len({same, *others}) == 4
 
 
 def add_noise(record, generator: np.random.Generator):

@@ -16,7 +16,7 @@ import finetune_classifier
 import pretrain_bert
 import pretrain_t5
 from pretraining import cli
-from pretraining.data import tokenization
+from pretraining.data import masking
 from pretraining.models import bert, hugging_face, t5
 
 SCRIPTS = {
@@ -58,7 +58,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         f"{line[:-1]},{'odd' if i % 2 else 'even'}\n" for i, line in enumerate(lines)
     ]
     Path("text.csv").write_text("text,label\n" + "".join(rows))
-    tokenizer = tokenization.wordpiece(lines, 150)
+    tokenizer = masking.wordpiece(lines, 150)
     monkeypatch.setitem(bert.SIZES, "small", BERT)
     monkeypatch.setitem(t5.SIZES, "small", T5)
     Path("model").mkdir()

@@ -33,6 +33,21 @@ def test_files_are_cut_into_pieces_that_make_them_up(tmp_path: Path):
         assert 5 <= len(pieces) <= 21
 
 
+def test_a_file_is_a_document_unless_it_is_large(tmp_path: Path):
+    paths = []
+    for i in range(300):
+        paths.append(tmp_path / f"{i}.txt")
+        paths[-1].write_bytes(f"\ufeffFile {i} of a hundred characters. ".encode() * 4)
+    documents = corpus.load(TextOptions(text=list(map(str, paths))))
+    assert documents == [path.read_text("utf-8-sig") for path in paths]
+    (tmp_path / "large.txt").write_text("A line.\n" * 2_000)
+    paths.append(tmp_path / "large.txt")
+    documents = corpus.load(TextOptions(text=list(map(str, paths))))
+    assert documents[:300] == [path.read_text("utf-8-sig") for path in paths[:-1]]
+    assert "".join(documents[300:]) == "A line.\n" * 2_000
+    assert 15 < len(documents[300:]) < 30
+
+
 def test_split_is_complete_and_a_document_stays_on_its_side():
     train, validation = corpus.split(DOCUMENTS)
     assert sorted(train + validation) == sorted(DOCUMENTS)
@@ -77,6 +92,18 @@ def test_encode_puts_the_start_token_before_each_document(
     start = tokenizer.token_to_id(tokenization.END_OF_TEXT)
     first, second = (tokenizer.encode(text).ids for text in DOCUMENTS[:2])
     assert tokens.tolist() == [start, *first, start, *second]
+
+
+def test_encoding_takes_documents_in_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tokenizer = tokenization.byte_level_bpe(DOCUMENTS, 300)
+    whole = tokenization.encode(tokenizer, DOCUMENTS, tokenization.END_OF_TEXT)
+    monkeypatch.setattr(tokenization, "BATCH", 100)
+    parts = tokenization.encode(tokenizer, DOCUMENTS, tokenization.END_OF_TEXT)
+    assert np.array_equal(whole, parts)
+    assert whole.dtype == np.uint16
 
 
 def test_baselines_by_hand():

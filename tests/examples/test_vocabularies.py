@@ -1,5 +1,6 @@
 """WordPiece and Unigram vocabularies: special tokens, round trips, limits."""
 
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_wordpiece():
-    tokenizer = tokenization.wordpiece(DOCUMENTS, 100)
+    tokenizer = masking.wordpiece(DOCUMENTS, 100)
     ids = [tokenizer.token_to_id(token) for token in masking.SPECIAL]
     assert ids == [0, 1, 2, 3, 4]
     pair = tokenizer.encode("This IS document 12", "and it")
@@ -30,7 +31,7 @@ def test_wordpiece():
 
 
 def test_unigram():
-    tokenizer = tokenization.unigram(DOCUMENTS, 160)
+    tokenizer = span_corruption.unigram(DOCUMENTS, 160)
     ids = [tokenizer.token_to_id(token) for token in span_corruption.SPECIAL]
     assert ids == [0, 1, 2]
     size = tokenizer.get_vocab_size()
@@ -46,8 +47,8 @@ def test_unigram():
 
 def test_a_stream_has_no_special_tokens_but_the_start():
     for make, start in (
-        (tokenization.wordpiece, masking.SEP),
-        (tokenization.unigram, span_corruption.END),
+        (masking.wordpiece, masking.SEP),
+        (span_corruption.unigram, span_corruption.END),
     ):
         tokenizer = make(DOCUMENTS, 160)
         stream = tokenization.encode(tokenizer, DOCUMENTS[:2], start).tolist()
@@ -59,9 +60,63 @@ def test_a_stream_has_no_special_tokens_but_the_start():
         assert stream == [start_id, *first, start_id, *second]
 
 
-@pytest.mark.parametrize("make", [tokenization.wordpiece, tokenization.unigram])
+@pytest.mark.parametrize("make", [masking.wordpiece, span_corruption.unigram])
 def test_a_vocabulary_below_the_alphabet_is_refused(make):
     with pytest.raises(UserError, match="--vocab-size 20: "):
         make(DOCUMENTS, 20)
     with pytest.raises(UserError, match="--vocab-size 20"):  # From the cache too.
         make(DOCUMENTS, 20)
+
+
+@pytest.mark.parametrize(
+    ("make", "start", "special"),
+    [
+        (tokenization.byte_level_bpe, tokenization.END_OF_TEXT, ["<|endoftext|>"]),
+        (masking.wordpiece, masking.SEP, masking.SPECIAL),
+        (
+            span_corruption.unigram,
+            span_corruption.END,
+            [*span_corruption.SPECIAL, *span_corruption.SENTINELS[:2]],
+        ),
+    ],
+)
+@pytest.mark.parametrize("spelled", [True, False], ids=["in training text", "not"])
+def test_special_tokens_spelled_in_a_text_are_text(
+    make, start: str, special: list[str], spelled: bool
+):
+    text = f"Such as {' '.join(special)} and{special[0]} again"
+    tokenizer = make([*DOCUMENTS, *[text] * (20 * spelled)], 400)
+    control = {tokenizer.token_to_id(token) for token in special}
+    unknown = {tokenizer.token_to_id("[UNK]"), tokenizer.token_to_id("<unk>")}
+    first, *tokens = tokenization.encode(tokenizer, [text], start).tolist()
+    assert first == tokenizer.token_to_id(start)
+    assert not (control - (unknown if not spelled else set())) & set(tokens)
+    if spelled:
+        decoded = tokenizer.decode(tokens, skip_special_tokens=False)
+        assert decoded.replace(" ", "").lower() == text.replace(" ", "").lower()
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"\xff\n{}"])
+def test_a_damaged_vocabulary_is_learnt_again(tmp_path: Path, content: bytes):
+    before = tokenization.byte_level_bpe(DOCUMENTS, 300).to_str()
+    (path,) = (tmp_path / "came-optax").iterdir()
+    good = path.read_bytes()
+    flipped = good.replace(b'"t"', b'"u"', 1)
+    assert flipped != good
+    for damaged in (content, good[:-100], flipped):
+        path.write_bytes(damaged)
+        assert tokenization.byte_level_bpe(DOCUMENTS, 300).to_str() == before
+        assert path.read_bytes() == good
+
+
+def test_a_cache_that_cannot_be_written_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert tokenization.byte_level_bpe(DOCUMENTS, 300).get_vocab_size() == 300
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: Path("~nobody-at-all").expanduser())
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    tokenization.byte_level_bpe(DOCUMENTS, 300)
+    assert (tmp_path / "temporary" / "came-optax").exists()

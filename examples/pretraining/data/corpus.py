@@ -1,12 +1,13 @@
 """Documents of real text, and a split that holds some of them out."""
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
 import importlib.util
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pretraining.errors import UserError
@@ -49,7 +50,7 @@ def load(options: TextOptions) -> list[str]:
         raise UserError("--text and --dataset exclude each other")
     if options.text:
         source = ", ".join(options.text)
-        documents = [piece for name in options.text for piece in _read_pieces(name)]
+        documents = _documents([read(name) for name in options.text])
     elif options.dataset:
         source = options.dataset
         documents = _hugging_face(options.dataset)
@@ -94,16 +95,34 @@ def read(path: str | Path) -> str:
         UserError: It cannot be read, or is of another encoding.
     """
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
 
 
-def _read_pieces(path: str) -> list[str]:
-    """Cuts a file at line ends into pieces that can be held out one by one."""
-    text = read(path)
+@contextlib.contextmanager
+def any_field_size() -> Iterator[None]:
+    """Lets `csv` read fields of more than 131,072 characters."""
+    before = csv.field_size_limit(2**31 - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def _documents(texts: Sequence[str]) -> list[str]:
+    """Returns each text, cut into pieces if it is too large to be held out whole."""
+    large = min(MAX_VALIDATION, sum(map(len, texts)) / 20)
+    documents = []
+    for text in texts:
+        documents += _cut(text) if len(text) > large else [text]
+    return documents
+
+
+def _cut(text: str) -> list[str]:
+    """Cuts a text at line ends into pieces that can be held out one by one."""
     size = min(10_000, len(text) // 20 + 1)
     pieces, start = [], 0
     while start < len(text):

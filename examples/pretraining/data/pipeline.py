@@ -4,7 +4,7 @@ Batch k is the same whatever the number of processes: each loads its part of it.
 state of an iterator is only k, so a run may resume on another number of them.
 """
 
-import zlib
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,10 +13,10 @@ import jax
 import numpy as np
 
 from pretraining.errors import UserError
-from pretraining.task import Record, Task
+from pretraining.task import Record, Records, Task
 
 
-class Windows(Sequence[Record]):
+class Windows:
     """A token stream cut into records of `length` tokens and the `overlap` next ones.
 
     Raises:
@@ -30,6 +30,10 @@ class Windows(Sequence[Record]):
         self._length = length
         self._overlap = overlap
 
+    @property
+    def arrays(self) -> Sequence[np.ndarray]:
+        return [self._tokens]
+
     def __len__(self) -> int:
         return max(len(self._tokens) - self._overlap, 0) // self._length
 
@@ -41,6 +45,9 @@ class Windows(Sequence[Record]):
         return {"tokens": window.astype(np.int32)}
 
 
+NO_RECORDS = Windows(np.zeros(0, np.uint16), 1)
+
+
 def train_batches(
     task: Task, batch_size: int, seed: int, part: tuple[int, int] | None = None
 ) -> grain.DatasetIterator:
@@ -49,18 +56,18 @@ def train_batches(
     `part` is which part of each batch to load, and of how many; by default each process
     loads its own.
     """
-    records = grain.MapDataset.source(_Weighted(task.train)).seed(seed)
-    records = records.shuffle().repeat()
+    dataset = grain.MapDataset.source(_Weighted(task.train)).seed(seed)
+    dataset = dataset.shuffle().repeat()
     # Making a batch takes microseconds; more threads would only take cores from XLA.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-    return iter(_batches(records, task, batch_size, part).to_iter_dataset(options))
+    return iter(_batches(dataset, task, batch_size, part).to_iter_dataset(options))
 
 
 def validation_batches(
     task: Task,
     batch_size: int,
     limit: int | None = None,
-    records: Sequence[Record] | None = None,
+    records: Records | None = None,
     part: tuple[int, int] | None = None,
 ) -> Iterator[Any]:
     """Every held-out record once, or `limit` batches of them, always the same.
@@ -68,16 +75,20 @@ def validation_batches(
     `records` takes the place of the task's own; `part` is as for `train_batches`.
     """
     source = _Weighted(records or task.validation, batch_size)
-    records = grain.MapDataset.source(source).seed(0)
-    batches = _batches(records.shuffle(), task, batch_size, part)
+    dataset = grain.MapDataset.source(source).seed(0)
+    batches = _batches(dataset.shuffle(), task, batch_size, part)
     return (batches[k] for k in range(min(len(batches), limit or len(batches))))
 
 
-def fingerprint(records: Sequence[Record]) -> str:
-    """Tells one data set from another by its length, first and last record."""
-    ends = [*records[0].values(), *records[len(records) - 1].values()]
-    content = b"".join(np.ascontiguousarray(end).tobytes() for end in ends)
-    return f"{len(records)}-{zlib.crc32(content):08x}"
+def fingerprint(task: Task) -> str:
+    """Tells a task's data, training and validation, from any other."""
+    digest = hashlib.sha256()
+    for records in (task.train, task.validation):
+        digest.update(f"{type(records).__name__} {len(records)}".encode())
+        for array in records.arrays:
+            digest.update(f"{array.dtype}{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()[:32]
 
 
 def check_lengths(task: Task) -> None:
@@ -102,10 +113,10 @@ def _batches(
     return records.batch(batch_size // count)[index::count]
 
 
-class _Weighted(Sequence[Record]):
+class _Weighted:
     """Adds a weight of 1 to each record, and rows of weight 0 to fill whole batches."""
 
-    def __init__(self, records: Sequence[Record], batch_size: int = 1):
+    def __init__(self, records: Records, batch_size: int = 1):
         self._records = records
         self._length = -(-len(records) // batch_size) * batch_size
 
@@ -115,4 +126,4 @@ class _Weighted(Sequence[Record]):
     def __getitem__(self, index: int) -> Record:
         real = index < len(self._records)
         record = self._records[index if real else 0]
-        return {**record, "weight": np.float32(real)}
+        return {**record, "weight": np.asarray(real, np.float32)}

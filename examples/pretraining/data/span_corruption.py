@@ -1,4 +1,4 @@
-"""T5's span corruption, drawn anew each time a record is read.
+"""T5's vocabulary, and its span corruption, drawn anew when a record is read.
 
 References:
     Raffel et al., Exploring the Limits of Transfer Learning with a Unified Text-to-Text
@@ -9,8 +9,10 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+import tokenizers
 from tokenizers import Tokenizer
 
+from pretraining.data.tokenization import cached, id_of
 from pretraining.errors import UserError
 from pretraining.task import Record
 
@@ -18,6 +20,50 @@ PAD, END, UNKNOWN = SPECIAL = ("<pad>", "</s>", "<unk>")
 SENTINELS = tuple(f"<extra_id_{k}>" for k in range(100))
 RATE = 0.15
 MEAN_LENGTH = 3
+
+
+def unigram(documents: Sequence[str], vocab_size: int) -> Tokenizer:
+    """Returns T5's kind of tokenizer: Unigram, special tokens first, sentinels last.
+
+    <extra_id_0> has the highest id, <extra_id_1> the one below, and so on.
+    """
+
+    def train() -> Tokenizer:
+        tokenizer = Tokenizer(tokenizers.models.Unigram())
+        tokenizer.normalizer = tokenizers.normalizers.Sequence(
+            [
+                tokenizers.normalizers.NFKC(),
+                tokenizers.normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
+            ]
+        )
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+            [
+                tokenizers.pre_tokenizers.Metaspace(),
+                # The model has </s> among its pieces; no text is to become that.
+                tokenizers.pre_tokenizers.Split("<", "isolated"),
+            ]
+        )
+        tokenizer.decoder = tokenizers.decoders.Metaspace()
+        trainer = tokenizers.trainers.UnigramTrainer(
+            vocab_size=max(vocab_size - len(SENTINELS), 1),
+            special_tokens=list(SPECIAL),
+            unk_token=UNKNOWN,
+            show_progress=False,
+        )
+        try:
+            tokenizer.train_from_iterator(documents, trainer)
+        except Exception as error:  # `tokenizers` raises nothing more specific.
+            raise UserError(f"--vocab-size {vocab_size}: {error}") from error
+        tokenizer.add_special_tokens(list(reversed(SENTINELS)))
+        end = END
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"$A {end}",
+            pair=f"$A {end} $B {end}",
+            special_tokens=[(end, id_of(tokenizer, end))],
+        )
+        return tokenizer
+
+    return cached("unigram", documents, vocab_size, train)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +92,8 @@ class SpanCorruption:
         Raises:
             UserError: So few or many that there are no spans, or too few sentinels.
         """
-        sentinels = [tokenizer.token_to_id(token) for token in SENTINELS]
-        end = tokenizer.token_to_id(END)
+        sentinels = [id_of(tokenizer, token) for token in SENTINELS]
+        end = id_of(tokenizer, END)
         fitting = [
             corruption
             for length in range(5, 2 * inputs)

@@ -1,19 +1,55 @@
 """Subword vocabularies trained on the corpus and cached by its content."""
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+import tempfile
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tokenizers
 from tokenizers import Tokenizer
 
-from pretraining.data import masking, span_corruption
+from pretraining.data import corpus
 from pretraining.errors import UserError
 from pretraining.files import write_atomically
 
 END_OF_TEXT = "<|endoftext|>"
+BATCH = 4_000_000  # Characters encoded at once.
+
+
+class Tokens(NamedTuple):
+    """Text as tokens, and the tokenizer that was learnt from its training part."""
+
+    tokenizer: Tokenizer
+    train: np.ndarray
+    validation: np.ndarray
+
+
+def learn_and_encode(
+    text: corpus.TextOptions,
+    learn: Callable[[Sequence[str], int], Tokenizer],
+    vocab_size: int,
+    start: str,
+) -> Tokens:
+    """Reads a text and encodes it with a vocabulary learnt from it.
+
+    Args:
+        text: Which text.
+        learn: From documents and a size to a tokenizer, e.g. `byte_level_bpe`.
+        vocab_size: The size.
+        start: A token put before each document.
+    """
+    train, validation = corpus.split(corpus.load(text))
+    tokenizer = learn(train, vocab_size)
+    return Tokens(
+        tokenizer,
+        encode(tokenizer, train, start),
+        encode(tokenizer, validation, start),
+    )
 
 
 def byte_level_bpe(documents: Sequence[str], vocab_size: int) -> Tokenizer:
@@ -40,92 +76,56 @@ def byte_level_bpe(documents: Sequence[str], vocab_size: int) -> Tokenizer:
         tokenizer.train_from_iterator(documents, trainer)
         return tokenizer
 
-    return _cached("bpe", documents, vocab_size, train)
-
-
-def wordpiece(documents: Sequence[str], vocab_size: int) -> Tokenizer:
-    """Returns BERT's kind of tokenizer: lower-case WordPiece, special tokens first."""
-
-    def train() -> Tokenizer:
-        tokenizer = Tokenizer(tokenizers.models.WordPiece(unk_token=masking.UNKNOWN))
-        tokenizer.normalizer = tokenizers.normalizers.BertNormalizer()
-        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-        tokenizer.decoder = tokenizers.decoders.WordPiece()
-        trainer = tokenizers.trainers.WordPieceTrainer(
-            vocab_size=vocab_size,
-            special_tokens=list(masking.SPECIAL),
-            show_progress=False,
-        )
-        tokenizer.train_from_iterator(documents, trainer)
-        tokenizer.post_processor = tokenizers.processors.BertProcessing(
-            *((t, tokenizer.token_to_id(t)) for t in (masking.SEP, masking.CLS))
-        )
-        return tokenizer
-
-    return _cached("wordpiece", documents, vocab_size, train)
-
-
-def unigram(documents: Sequence[str], vocab_size: int) -> Tokenizer:
-    """Returns T5's kind of tokenizer: Unigram, special tokens first, sentinels last.
-
-    <extra_id_0> has the highest id, <extra_id_1> the one below, and so on.
-    """
-
-    def train() -> Tokenizer:
-        tokenizer = Tokenizer(tokenizers.models.Unigram())
-        tokenizer.normalizer = tokenizers.normalizers.Sequence(
-            [
-                tokenizers.normalizers.NFKC(),
-                tokenizers.normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
-            ]
-        )
-        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-        tokenizer.decoder = tokenizers.decoders.Metaspace()
-        trainer = tokenizers.trainers.UnigramTrainer(
-            vocab_size=max(vocab_size - len(span_corruption.SENTINELS), 1),
-            special_tokens=list(span_corruption.SPECIAL),
-            unk_token=span_corruption.UNKNOWN,
-            show_progress=False,
-        )
-        try:
-            tokenizer.train_from_iterator(documents, trainer)
-        except Exception as error:  # `tokenizers` raises nothing more specific.
-            raise UserError(f"--vocab-size {vocab_size}: {error}") from error
-        tokenizer.add_special_tokens(list(reversed(span_corruption.SENTINELS)))
-        end = span_corruption.END
-        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-            single=f"$A {end}",
-            pair=f"$A {end} $B {end}",
-            special_tokens=[(end, tokenizer.token_to_id(end))],
-        )
-        return tokenizer
-
-    return _cached("unigram", documents, vocab_size, train)
+    return cached("bpe", documents, vocab_size, train)
 
 
 def encode(tokenizer: Tokenizer, documents: Iterable[str], start: str) -> np.ndarray:
-    """Encodes documents into one stream, the token `start` before each."""
-    start_id = tokenizer.token_to_id(start)
-    tokens: list[int] = []
-    for encoding in tokenizer.encode_batch_fast(
-        list(documents), add_special_tokens=False
-    ):
-        tokens.append(start_id)
-        tokens.extend(encoding.ids)
-    return np.asarray(tokens, np.uint16 if max(tokens) < 2**16 else np.uint32)
+    """Encodes documents into one stream, the token `start` before each.
+
+    Special tokens spelled in a document are text.
+    """
+    tokenizer.encode_special_tokens = True
+    start_id = id_of(tokenizer, start)
+    tokens = array("H" if tokenizer.get_vocab_size() <= 2**16 else "I")
+    # Not all at once: an encoding takes a hundred times what its tokens do.
+    for batch in _batches(documents):
+        for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+            tokens.append(start_id)
+            tokens.extend(encoding.ids)
+    return np.frombuffer(tokens, tokens.typecode)
 
 
-def _cached(
+def id_of(tokenizer: Tokenizer, token: str) -> int:
+    """Returns a special token's id.
+
+    Raises:
+        UserError: The vocabulary lacks it.
+    """
+    found = tokenizer.token_to_id(token)
+    if found is None:
+        raise UserError(f"the tokenizer has no {token}")
+    return found
+
+
+def cached(
     kind: str, documents: Sequence[str], vocab_size: int, train: Callable[[], Tokenizer]
 ) -> Tokenizer:
+    """Returns the tokenizer that `train` makes of documents, kept for the next time.
+
+    Raises:
+        UserError: It has more tokens than `vocab_size`.
+    """
     content = hashlib.sha256(f"{kind} {vocab_size} {tokenizers.__version__}".encode())
     for document in documents:
         content.update(hashlib.sha256(document.encode()).digest())
     path = _cache_folder() / f"{kind}-{content.hexdigest()[:16]}.json"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, train().to_str())
-    tokenizer = Tokenizer.from_file(str(path))
+    text = _read_cached(path)
+    if text is None:
+        text = train().to_str()
+        with contextlib.suppress(OSError):  # It can do without.
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, f"{_digest(text)}\n{text}")
+    tokenizer = Tokenizer.from_str(text)
     # WordPiece takes in every character, however few tokens are wanted.
     if tokenizer.get_vocab_size() > vocab_size:
         raise UserError(
@@ -135,6 +135,34 @@ def _cached(
     return tokenizer
 
 
+def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += len(document)
+        if size > BATCH:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def _read_cached(path: Path) -> str | None:
+    """Returns the tokenizer in a file, None if that is missing or damaged."""
+    try:
+        digest, _, text = path.read_text(encoding="utf-8").partition("\n")
+    except (OSError, ValueError):
+        return None
+    return text if digest == _digest(text) else None
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _cache_folder() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "came-optax"
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache) / "came-optax"
+    try:
+        return Path.home() / ".cache" / "came-optax"
+    except RuntimeError:  # This user has no home.
+        return Path(tempfile.gettempdir()) / "came-optax"

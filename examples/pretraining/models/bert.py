@@ -10,13 +10,15 @@ References:
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.typing import DTypeLike
 
+from pretraining.models.hugging_face import Format
 from pretraining.task import Batch, Mean
 
 
@@ -34,10 +36,10 @@ class BERTConfig:
     hidden_dropout_prob: float = 0.0  # of embeddings and of each sublayer's output
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02
-    dtype: jnp.dtype = jnp.float32  # of the activations; parameters are float32
+    dtype: DTypeLike = jnp.float32  # of the activations; parameters are float32
 
 
-def _size(width: int, layers: int, heads: int, **others: int) -> BERTConfig:
+def _size(width: int, layers: int, heads: int, **others: Any) -> BERTConfig:
     return BERTConfig(
         hidden_size=width,
         intermediate_size=4 * width,
@@ -56,6 +58,34 @@ SIZES = {
     "large": _size(1024, 24, 16),
     "4b": _size(2560, 48, 40),  # Megatron-LM's 3.9 billion
 }
+
+
+HUGGING_FACE = Format(
+    "bert",
+    "BertForMaskedLM",
+    BERTConfig,
+    {
+        "hidden_act": "gelu",
+        "position_embedding_type": "absolute",
+        "tie_word_embeddings": True,
+    },
+    "bert.",
+    {
+        r"embeddings_norm": "embeddings.LayerNorm",
+        r"(word|position|token_type)_embeddings": r"embeddings.\1_embeddings",
+        r"(layer\.\d+)\.": r"encoder.\1.",
+        r"attention\.(query|key|value)": r"attention.self.\1",
+        r"attention_norm": "attention.output.LayerNorm",
+        r"output_norm": "output.LayerNorm",
+        r"(intermediate|output)\.(kernel|bias)": r"\1.dense.\2",
+        r"^transform\.": "cls.predictions.transform.dense.",
+        r"^transform_norm": "cls.predictions.transform.LayerNorm",
+        r"^bias": "cls.predictions.bias",
+    },
+    defaults={"hidden_dropout_prob": 0.1},
+    implied={"is_decoder": False, "add_cross_attention": False},
+    heads=("hidden_size", "num_attention_heads"),
+)
 
 
 class Attention(nnx.Module):

@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.typing import DTypeLike
 
+from pretraining.models.hugging_face import Format
 from pretraining.task import Batch, Mean
 
 
@@ -30,7 +32,7 @@ class GPT2Config:
     n_head: int = 12
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
-    dtype: jnp.dtype = jnp.float32  # of the activations; parameters are float32
+    dtype: DTypeLike = jnp.float32  # of the activations; parameters are float32
 
 
 SIZES = {
@@ -41,6 +43,19 @@ SIZES = {
     "large": GPT2Config(n_embd=1280, n_layer=36, n_head=20),
     "xl": GPT2Config(n_embd=1600, n_layer=48, n_head=25),
 }
+
+
+HUGGING_FACE = Format(
+    "gpt2",
+    "GPT2LMHeadModel",
+    GPT2Config,
+    {"activation_function": "gelu_new", "tie_word_embeddings": True},
+    "transformer.",
+    {"^": "transformer."},
+    transposed=False,
+    implied={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
+    heads=("n_embd", "n_head"),
+)
 
 
 class Attention(nnx.Module):

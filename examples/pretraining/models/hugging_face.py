@@ -1,13 +1,15 @@
 """Models in Hugging Face's folders: config.json and model.safetensors.
 
 `transformers` loads what is saved here, and what it saved (or what was downloaded) is
-loaded here. Names differ by the few rules in the table below; the values are the same.
+loaded here. Names differ by the few rules in a model's `Format`; values are the same.
 """
 
 import dataclasses
+import importlib
 import json
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,86 +21,50 @@ from flax import nnx
 from tokenizers import Tokenizer
 
 from pretraining.errors import UserError
-from pretraining.files import write_atomically
-from pretraining.models import bert, gpt2, t5
+from pretraining.files import replacing, write_atomically
 from pretraining.training.devices import is_first_process
 
 
 @dataclasses.dataclass(frozen=True)
-class _Format:
-    """How Hugging Face stores a model.
+class Format:
+    """How Hugging Face stores a model; each model's module has one in HUGGING_FACE.
 
     Attributes:
+        model_type: Its name there, and our module's.
         architecture: Its class there.
         config: Our configuration; fields have their names in config.json.
         fixed: What else stands in config.json, and values that the model implements.
         base: The prefix of the names that files of the bare model lack.
         names: Regular expressions from our names to theirs, applied in turn.
         transposed: Whether kernels are stored as (out, in).
+        defaults: What an absent field means there, where ours is another.
+        implied: Values that the model implements too, but that need not be written.
+        choices: Values of fields that the model implements.
+        heads: The fields of the width and of the number of heads that it is split to.
     """
 
+    model_type: str
     architecture: str
     config: type
     fixed: Mapping[str, Any]
     base: str
     names: Mapping[str, str]
     transposed: bool = True
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    implied: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    choices: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
+    heads: tuple[str, str] | None = None
 
 
-_FORMATS = {
-    "gpt2": _Format(
-        "GPT2LMHeadModel",
-        gpt2.GPT2Config,
-        {"activation_function": "gelu_new", "tie_word_embeddings": True},
-        "transformer.",
-        {"^": "transformer."},
-        transposed=False,
-    ),
-    "bert": _Format(
-        "BertForMaskedLM",
-        bert.BERTConfig,
-        {
-            "hidden_act": "gelu",
-            "position_embedding_type": "absolute",
-            "tie_word_embeddings": True,
-        },
-        "bert.",
-        {
-            r"embeddings_norm": "embeddings.LayerNorm",
-            r"(word|position|token_type)_embeddings": r"embeddings.\1_embeddings",
-            r"(layer\.\d+)\.": r"encoder.\1.",
-            r"attention\.(query|key|value)": r"attention.self.\1",
-            r"attention_norm": "attention.output.LayerNorm",
-            r"output_norm": "output.LayerNorm",
-            r"(intermediate|output)\.(kernel|bias)": r"\1.dense.\2",
-            r"^transform\.": "cls.predictions.transform.dense.",
-            r"^transform_norm": "cls.predictions.transform.LayerNorm",
-            r"^bias": "cls.predictions.bias",
-        },
-    ),
-    "t5": _Format(
-        "T5ForConditionalGeneration",
-        t5.T5Config,
-        {"is_encoder_decoder": True, "pad_token_id": 0, "eos_token_id": 1},
-        "",
-        {
-            r"relative_attention_bias": r"block.0.attention.relative_attention_bias",
-            r"cross_attention_norm": "layer.1.layer_norm",
-            r"cross_attention": "layer.1.EncDecAttention",
-            r"attention_norm": "layer.0.layer_norm",
-            r"\.attention\.": ".layer.0.SelfAttention.",
-            r"(encoder.*)mlp_norm": r"\1layer.1.layer_norm",
-            r"(encoder.*)mlp": r"\1layer.1.DenseReluDense",
-            r"(decoder.*)mlp_norm": r"\1layer.2.layer_norm",
-            r"(decoder.*)mlp": r"\1layer.2.DenseReluDense",
-            r"final_norm": "final_layer_norm",
-        },
-    ),
+# Early checkpoints of BERT, converted from TensorFlow, have the second ones.
+_OLD_NAMES = {
+    "LayerNorm.weight": "LayerNorm.gamma",
+    "LayerNorm.bias": "LayerNorm.beta",
 }
 _LEAVES = {r"(kernel|embedding|scale)$": "weight"}
 
 
-def save(folder: Path | str, model: nnx.Module) -> None:
+def save(folder: Path | str, model: Any) -> None:
     """Writes a model's config.json and model.safetensors, in the first process.
 
     Args:
@@ -108,13 +74,11 @@ def save(folder: Path | str, model: nnx.Module) -> None:
     if not is_first_process():
         return
     folder = Path(folder)
-    model_type = next(
-        key for key, f in _FORMATS.items() if isinstance(model.config, f.config)
-    )
-    form = _FORMATS[model_type]
+    # Configurations stand in the module that is named after the model's type.
+    form = _format(type(model.config).__module__.rpartition(".")[2])
     config = dataclasses.asdict(model.config)
     del config["dtype"]
-    content = {"model_type": model_type, "architectures": [form.architecture]}
+    content = {"model_type": form.model_type, "architectures": [form.architecture]}
     content |= config | dict(form.fixed)
     tensors = {}
     for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param)):
@@ -123,9 +87,17 @@ def save(folder: Path | str, model: nnx.Module) -> None:
             array = array.T
         # A transposed view would be written in the order of its memory.
         tensors[_their_name(path, form)] = np.ascontiguousarray(array)
-    safetensors.numpy.save_file(
-        tensors, folder / "model.safetensors", metadata={"format": "pt"}
-    )
+    target = folder / "model.safetensors"
+    with replacing(target) as temporary:
+        try:
+            safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:
+            code = re.search(r"os error (\d+)", str(error))
+            if code is None:
+                raise
+            raise OSError(
+                int(code[1]), os.strerror(int(code[1])), str(target)
+            ) from error
     write_atomically(folder / "config.json", json.dumps(content, indent=2) + "\n")
 
 
@@ -139,7 +111,7 @@ def load_config(folder: Path | str, model_type: str) -> Any:
     Raises:
         UserError: There is none, or it is of a model that is not implemented here.
     """
-    folder, form = Path(folder), _FORMATS[model_type]
+    folder, form = Path(folder), _format(model_type)
     path = folder / "config.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -147,19 +119,61 @@ def load_config(folder: Path | str, model_type: str) -> Any:
         raise UserError(f"{path}: {error.strerror}") from error
     except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}") from error
-    for name, wanted in {"model_type": model_type, **form.fixed}.items():
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must be an object, {{...}}")
+    for name, wanted in {
+        "model_type": model_type,
+        **form.fixed,
+        **form.implied,
+    }.items():
         if content.get(name, wanted) != wanted:
             raise UserError(
                 f"{path}: {name} is {content[name]!r}; only {wanted!r} is implemented"
             )
+    content = {**form.defaults, **content}
     if model_type == "t5":
         # Releases of `transformers` differ in what tie_word_embeddings says of a T5:
         # 4 only scales outputs that are tied, 5 calls all tied. The file knows.
-        tied = content.get("tie_word_embeddings", True)
+        tied = content["tie_word_embeddings"]
         content.setdefault("scale_decoder_outputs", tied)
         content["tie_word_embeddings"] = "lm_head.weight" not in _read_names(folder)
-    fields = {field.name for field in dataclasses.fields(form.config)} - {"dtype"}
-    return form.config(**{k: v for k, v in content.items() if k in fields})
+        if content["tie_word_embeddings"] and tied is False:
+            raise UserError(
+                f"{folder}: tie_word_embeddings is false in config.json, but no "
+                "lm_head.weight in its safetensors"
+            )
+        if content.get("num_decoder_layers") is None:
+            content["num_decoder_layers"] = content.get("num_layers")
+    return _make_config(path, form, content)
+
+
+def _make_config(path: Path, form: Format, content: Mapping[str, Any]) -> Any:
+    """Returns the configuration, or raises UserError at what cannot be one."""
+    values = {}
+    for field in dataclasses.fields(form.config):
+        if field.name == "dtype":
+            continue
+        name, value = field.name, content.get(field.name, field.default)
+        kind: Any = field.type
+        least = 0 if kind is float or name.endswith("_id") else 1
+        kinds = (int, float) if kind is float else (kind,)
+        if type(value) not in kinds or (kind in (int, float) and value < least):
+            raise UserError(
+                f"{path}: {name} is {value!r}; must be {kind.__name__}"
+                + (f", {least} or more" if kind in (int, float) else "")
+            )
+        if value not in form.choices.get(name, [value]):
+            known = " or ".join(map(repr, form.choices[name]))
+            raise UserError(f"{path}: {name} is {value!r}; only {known} is implemented")
+        values[name] = value
+    if form.heads is not None:
+        width, heads = (values[name] for name in form.heads)
+        if width % heads:
+            raise UserError(
+                f"{path}: {form.heads[0]} {width} is no multiple of {form.heads[1]} "
+                f"{heads}"
+            )
+    return form.config(**values)
 
 
 def load_params(folder: Path | str, model_type: str, params: nnx.State) -> nnx.State:
@@ -174,12 +188,21 @@ def load_params(folder: Path | str, model_type: str, params: nnx.State) -> nnx.S
     Raises:
         UserError: A file is missing or damaged, or lacks a parameter of that shape.
     """
-    form, tensors, loaded = _FORMATS[model_type], {}, []
+    form, loaded = _format(model_type), []
+    tensors: dict[str, Any] = {}
     for file in _open(Path(folder)):
         tensors |= {name: file.get_tensor(name) for name in file.keys()}
     for path, wanted in nnx.to_flat_state(params):
-        name = _their_name(path, form)
-        names = (name, form.base + name, name.removeprefix(form.base))
+        name = old = _their_name(path, form)
+        for new, before in _OLD_NAMES.items():
+            old = old.replace(new, before)
+        names = [
+            variant
+            for spelled in (name, old)
+            for variant in (
+                *(spelled, form.base + spelled, spelled.removeprefix(form.base)),
+            )
+        ]
         found = next((tensors[n] for n in names if n in tensors), None)
         if found is None:
             raise UserError(f"{folder}: no {name} in its safetensors")
@@ -194,17 +217,39 @@ def load_params(folder: Path | str, model_type: str, params: nnx.State) -> nnx.S
     return nnx.from_flat_state(loaded)
 
 
-def load_tokenizer(folder: Path | str) -> Tokenizer:
+def load_tokenizer(
+    folder: Path | str, vocab_size: int, special: Sequence[str] = ()
+) -> Tokenizer:
     """Returns the tokenizer in tokenizer.json.
 
+    Args:
+        folder: The folder that it is in.
+        vocab_size: The model's.
+        special: Tokens that it must have.
+
     Raises:
-        UserError: There is none.
+        UserError: There is none, or it does not fit the model.
     """
     path = Path(folder) / "tokenizer.json"
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # `tokenizers` raises nothing more specific.
         raise UserError(f"{path}: not a tokenizer: {error}") from error
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if highest >= vocab_size:
+        raise UserError(
+            f"{path}: has {highest + 1} tokens, more than the model's {vocab_size}"
+        )
+    for token in special:
+        if tokenizer.token_to_id(token) is None:
+            raise UserError(f"{path}: has no {token}")
+    return tokenizer
+
+
+def _format(model_type: str) -> Format:
+    module = importlib.import_module(f"pretraining.models.{model_type}")
+    form: Format = module.HUGGING_FACE
+    return form
 
 
 def _read_names(folder: Path) -> set[str]:
@@ -225,7 +270,7 @@ def _open(folder: Path) -> Iterator[Any]:
             yield file
 
 
-def _their_name(path: tuple[Any, ...], form: _Format) -> str:
+def _their_name(path: tuple[Any, ...], form: Format) -> str:
     name = ".".join(map(str, path))
     for pattern, replacement in {**form.names, **_LEAVES}.items():
         name = re.sub(pattern, replacement, name)

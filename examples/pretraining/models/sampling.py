@@ -5,6 +5,36 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from tokenizers import Tokenizer
+
+from pretraining.data.tokenization import END_OF_TEXT, id_of
+from pretraining.errors import UserError
+from pretraining.task import Task
+
+
+def check_prompt(tokenizer: Tokenizer, prompt: str, length: int) -> None:
+    """Raises UserError unless a prompt fits into a sequence of that length."""
+    size = len(_encode(tokenizer, prompt))
+    if size > length:
+        raise UserError(
+            f"--prompt: has {size} tokens, its start included; must have {length} at "
+            "most, as many as a sequence"
+        )
+
+
+def continue_text(model: nnx.Module, task: Task, prompt: str, seed: int) -> str:
+    """Returns a prompt and what the task's model continues it with."""
+    tokenizer = Tokenizer.from_str(task.files["tokenizer.json"])
+    tokens = sample(
+        model, _encode(tokenizer, prompt), task.tokens_per_record, seed=seed
+    )
+    text: str = tokenizer.decode(tokens)
+    return text
+
+
+def _encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    ids: list[int] = tokenizer.encode(prompt).ids
+    return [id_of(tokenizer, END_OF_TEXT), *ids]
 
 
 def sample(

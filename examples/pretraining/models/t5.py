@@ -11,14 +11,16 @@ References:
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.typing import DTypeLike
 
+from pretraining.models.hugging_face import Format
 from pretraining.task import Batch, Mean
 
 
@@ -41,10 +43,10 @@ class T5Config:
     layer_norm_epsilon: float = 1e-6
     initializer_factor: float = 1.0
     decoder_start_token_id: int = 0
-    dtype: jnp.dtype = jnp.float32  # of the activations; parameters are float32
+    dtype: DTypeLike = jnp.float32  # of the activations; parameters are float32
 
 
-def _size(width: int, inner: int, layers: int, heads: int, **others: int) -> T5Config:
+def _size(width: int, inner: int, layers: int, heads: int, **others: Any) -> T5Config:
     return T5Config(
         d_model=width,
         d_ff=inner,
@@ -75,6 +77,35 @@ SIZES = {
     "base-v1.0": _version_1_0(_size(768, 3072, 12, 12)),
     "large-v1.0": _version_1_0(_size(1024, 4096, 24, 16)),
 }
+
+
+HUGGING_FACE = Format(
+    "t5",
+    "T5ForConditionalGeneration",
+    T5Config,
+    {"is_encoder_decoder": True, "pad_token_id": 0, "eos_token_id": 1},
+    "",
+    {
+        r"relative_attention_bias": r"block.0.attention.relative_attention_bias",
+        r"cross_attention_norm": "layer.1.layer_norm",
+        r"cross_attention": "layer.1.EncDecAttention",
+        r"attention_norm": "layer.0.layer_norm",
+        r"\.attention\.": ".layer.0.SelfAttention.",
+        r"(encoder.*)mlp_norm": r"\1layer.1.layer_norm",
+        r"(encoder.*)mlp": r"\1layer.1.DenseReluDense",
+        r"(decoder.*)mlp_norm": r"\1layer.2.layer_norm",
+        r"(decoder.*)mlp": r"\1layer.2.DenseReluDense",
+        r"final_norm": "final_layer_norm",
+    },
+    defaults={
+        "d_ff": 2048,
+        "num_layers": 6,
+        "num_heads": 8,
+        "feed_forward_proj": "relu",
+        "tie_word_embeddings": True,
+    },
+    choices={"feed_forward_proj": ("relu", "gated-gelu")},
+)
 
 
 # Input tokens, for want of a most: any number fits.
@@ -152,6 +183,7 @@ class Block(nnx.Module):
         normed_BxQxD = self.attention_norm(x_BxQxD)
         x_BxQxD = x_BxQxD + self.attention(normed_BxQxD, normed_BxQxD, bias_1xNxQxQ)
         if self.decoder:
+            assert encoded_BxLxD is not None
             no_bias_1x1x1x1 = jnp.zeros((1, 1, 1, 1))
             x_BxQxD = x_BxQxD + self.cross_attention(
                 self.cross_attention_norm(x_BxQxD), encoded_BxLxD, no_bias_1x1x1x1

@@ -4,7 +4,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from glob import glob
 from typing import Any
 
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from pretraining.errors import UserError
 
@@ -35,10 +36,16 @@ def connect() -> None:
             num_processes=int(os.environ["JAX_NUM_PROCESSES"]),
             process_id=int(os.environ["JAX_PROCESS_ID"]),
         )
-    elif int(os.environ.get("SLURM_NTASKS", 1)) > 1 or _has_tpu():
+    elif _is_slurm_task() or _has_tpu():
         jax.distributed.initialize()
     if jax.distributed.is_initialized() and not is_first_process():
         sys.stdout = open(os.devnull, "w")
+
+
+def _is_slurm_task() -> bool:
+    """Whether `srun` started this: a shell of an allocation has not all of these."""
+    task = {"SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"} <= os.environ.keys()
+    return task and int(os.environ.get("SLURM_NTASKS", 1)) > 1
 
 
 def _has_tpu() -> bool:
@@ -51,15 +58,28 @@ def is_first_process() -> bool:
     return jax.process_index() == 0
 
 
-def first_says(text: str) -> str:
-    """Returns what the first process passes in, in all processes."""
-    if jax.process_count() == 1:
-        return text
+def ask_first(question: Callable[[], str]) -> str:
+    """Returns the first process's answer in all processes.
+
+    Raises:
+        UserError: The first one did.
+    """
+    if not jax.distributed.is_initialized():
+        return question()
+    answer, failed = "", False
+    if is_first_process():
+        try:
+            answer = question()
+        except UserError as error:
+            answer, failed = str(error), True
     content = np.zeros(4096, np.uint8)
-    encoded = np.frombuffer(text.encode(), np.uint8)
+    encoded = np.frombuffer(answer.encode()[: content.size], np.uint8)
     content[: len(encoded)] = encoded
-    content = np.asarray(multihost_utils.broadcast_one_to_all(content))
-    return content.tobytes().rstrip(b"\0").decode()
+    content, failed = multihost_utils.broadcast_one_to_all((content, np.array(failed)))
+    answer = np.asarray(content).tobytes().rstrip(b"\0").decode(errors="ignore")
+    if failed:
+        raise UserError(answer)
+    return answer
 
 
 def any_process(flag: bool) -> bool:
@@ -68,8 +88,10 @@ def any_process(flag: bool) -> bool:
 
 
 def mesh_sizes(text: str) -> dict[str, int]:
-    """Reads a mesh such as "data=2,fsdp=4"; an `argparse` type."""
-    sizes = {}
+    """Reads a mesh such as "data=2,fsdp=4", or "auto"; an `argparse` type."""
+    sizes: dict[str, int] = {}
+    if text == "auto":
+        return sizes
     for part in text.split(","):
         name, _, size = part.partition("=")
         if name not in AXES or name in sizes or not size.isdecimal() or int(size) < 1:
@@ -163,6 +185,6 @@ def to_host(tree: Any) -> Any:
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
-def compute_dtype() -> jnp.dtype:
+def compute_dtype() -> DTypeLike:
     """bfloat16 on accelerators; CPUs would emulate it, slowly."""
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16

@@ -1,5 +1,6 @@
 """Metrics of a run: metrics.jsonl for programs, TensorBoard for people."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any, Self
@@ -20,16 +21,18 @@ class MetricsWriter:
     """
 
     def __init__(self, run: Path, step: int, *, enabled: bool = True):
-        self._file = self._events = None
+        self._stack = contextlib.ExitStack()
+        self._file = None
         if not enabled:
             return
         path = run / "metrics.jsonl"
         kept = [row for row in read(run) if row["step"] <= step]
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = path.open("a", encoding="utf-8")
+        self._file = self._stack.enter_context(path.open("a", encoding="utf-8"))
         self._events = tensorboardX.SummaryWriter(
             str(run / "tensorboard"), purge_step=step + 1, write_to_disk=True
         )
+        self._stack.callback(self._events.close)
 
     def write(self, step: int, **metrics: float) -> None:
         """Writes the metrics of a step."""
@@ -44,15 +47,22 @@ class MetricsWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._events.close()
+        self._stack.close()
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """Returns the rows written so far, without one that a kill cut short."""
+    """Returns the rows written so far, passing over what is not a row.
+
+    A kill cuts one short, a crash of the machine may leave NUL bytes; nothing but the
+    curve is lost by them.
+    """
     path = run / "metrics.jsonl"
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
+    return rows

@@ -43,6 +43,7 @@ def plot_curve(
     axes.set_xlabel("step")
     axes.set_ylabel("cross-entropy (nats)")
     axes.set_title(title)
-    axes.legend()
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
     figure.savefig(path, dpi=150)
     plt.close(figure)

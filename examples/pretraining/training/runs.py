@@ -1,13 +1,27 @@
-"""Run folders: `runs/<name>-1`, `runs/<name>-2`, ... unless --output names one."""
+"""Run folders: `runs/<name>-1`, `runs/<name>-2`, ... unless --output names one.
 
+A run locks its folder while it lives. The kernel drops the lock of a process that dies,
+however it does.
+"""
+
+import contextlib
 import dataclasses
-import tempfile
+import datetime
+import fcntl
+import os
+import shlex
+import socket
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
-from pretraining.errors import UserError
+from pretraining.errors import CannotSave, UserError
 from pretraining.options import option
+from pretraining.training import devices
 
 ROOT = Path("runs")
+LOCK = ".lock"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +40,63 @@ class RunOptions:
     )
 
 
+@contextlib.contextmanager
+def claim(name: str, options: RunOptions) -> Iterator[Path]:
+    """Makes or reopens a run's folder and keeps other runs out of it meanwhile.
+
+    A new folder in which nothing was written is removed in the end. What stops a run
+    from outside leaves with a note of how to continue it.
+
+    Args:
+        name: Names the folder, if --output does not.
+        options: The options.
+
+    Raises:
+        UserError: It cannot be written, belongs to a run that goes on, or holds one
+            that is not to be resumed, or none that could be.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def open_folder() -> str:
+            try:
+                folder = stack.enter_context(_folder(name, options))
+                stack.enter_context(_locked(folder))
+            except OSError as error:
+                place = options.output or error.filename or ROOT
+                raise UserError(
+                    f"{place}: cannot write there: {error.strerror}"
+                ) from error
+            saved = steps(folder)
+            if saved and not options.resume:
+                raise UserError(
+                    f"{folder}: holds a run already; continue it by --resume or choose "
+                    "another --output"
+                )
+            if options.resume and not saved:
+                raise UserError(
+                    f"{folder}: no checkpoint to resume from; without --resume it "
+                    "begins anew"
+                )
+            return str(folder)
+
+        folder = Path(devices.ask_first(open_folder))
+        try:
+            yield folder
+        except (KeyboardInterrupt, OSError, CannotSave) as error:
+            if saved := steps(folder):
+                error.add_note(
+                    f"step {saved[-1]} is saved in {folder}\n"
+                    f"Continue: {_continue(folder)}"
+                )
+            raise
+
+
+def steps(folder: Path) -> list[int]:
+    """Returns the steps of a run's checkpoints, the newest last."""
+    names = (path.name for path in (folder / "checkpoints").glob("*"))
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
 def latest(name: str) -> Path:
     """Returns the last run folder of that name.
 
@@ -38,33 +109,68 @@ def latest(name: str) -> Path:
     return ROOT / f"{name}-{number}"
 
 
-def next_free(name: str) -> Path:
-    """Returns a run folder of that name that is not there yet."""
-    return ROOT / f"{name}-{_latest_number(name) + 1}"
-
-
-def prepare(folder: Path, *, resume: bool) -> None:
-    """Makes the folder of a new run, or checks that there is one to resume.
-
-    Raises:
-        UserError: It cannot be written, or holds a run that is not to be resumed.
-    """
-    saved = any((folder / "checkpoints").glob("[0-9]*"))
-    if saved and not resume:
-        raise UserError(
-            f"{folder}: holds a run already; continue it by --resume or choose "
-            "another --output"
-        )
-    if resume and not saved:
-        raise UserError(f"{folder}: no checkpoint to resume from")
-    try:
+@contextlib.contextmanager
+def _folder(name: str, options: RunOptions) -> Iterator[Path]:
+    """Yields the folder; if it is new and stays empty, removes it."""
+    if options.output is not None:
+        folder = Path(options.output)
+        new = [p for p in (folder, *folder.parents) if not p.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"{folder}: cannot write there: {error.strerror}") from error
+    else:
+        new = [ROOT] if not ROOT.exists() else []
+        ROOT.mkdir(exist_ok=True)
+        folder = _make_next(name)
+        new.insert(0, folder)
+    try:
+        yield folder
+    finally:
+        if new and set(os.listdir(folder)) <= {LOCK}:
+            (folder / LOCK).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # Another run's folder is in it.
+                for path in new:
+                    path.rmdir()
+
+
+def _make_next(name: str) -> Path:
+    """Makes a folder that no other process has made."""
+    number = _latest_number(name)
+    while True:
+        number += 1
+        folder = ROOT / f"{name}-{number}"
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            return folder
 
 
 def _latest_number(name: str) -> int:
     suffixes = (path.name.removeprefix(f"{name}-") for path in ROOT.glob(f"{name}-*"))
     return max((int(suffix) for suffix in suffixes if suffix.isdecimal()), default=0)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    # The file stays: were it removed, two could each lock one of that name.
+    with (folder / LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: {_holder(file)} is writing there; choose another --output"
+            ) from None
+        now = datetime.datetime.now().isoformat(" ", "seconds")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}")
+        file.flush()
+        yield
+
+
+def _holder(file: TextIO) -> str:
+    file.seek(0)
+    return file.read() or "another run"
+
+
+def _continue(folder: Path) -> str:
+    """Returns a command to be pasted into any shell of this machine."""
+    script = Path(sys.argv[0]).absolute()
+    command = [sys.executable, str(script), "--resume", "--output", str(folder)]
+    return f"cd {shlex.quote(os.getcwd())} && {shlex.join(command)}"

@@ -1,8 +1,7 @@
 """The training step and the evaluation step: pure, jitted, the state donated."""
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +21,24 @@ class TrainState(NamedTuple):
     """All that training changes.
 
     Attributes:
-        step: Updates made so far, () int32.
+        step: Updates made so far, () int32, or its sharding.
         params: The model's `nnx.Param` state.
         opt_state: The optimizer's.
     """
 
-    step: jax.Array
+    step: Any
     params: Params
     opt_state: optax.OptState
+
+
+class Init(Protocol):
+    """A jitted function that creates the first state where it will live."""
+
+    def __call__(self) -> TrainState:
+        """Returns the state."""
+
+    def eval_shape(self) -> TrainState:
+        """Returns its shapes, dtypes and shardings."""
 
 
 def state_shardings(
@@ -45,7 +54,7 @@ def state_shardings(
 
 def make_init(
     task: Task, tx: optax.GradientTransformation, seed: int, mesh: Mesh
-) -> Callable[[], TrainState]:
+) -> Init:
     """Returns a function that creates the first state where it will live."""
 
     def init() -> TrainState:
@@ -68,7 +77,7 @@ def make_train_step(
     accumulate: int,
     seed: int,
     mesh: Mesh,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+) -> jax.stages.Wrapped:
     """Returns `(state, batch) -> (state, metrics)`; the state passed in is donated."""
     shardings = state_shardings(task, tx, mesh)
     gather = make_gather(shardings.params)
@@ -116,9 +125,7 @@ def make_train_step(
     )
 
 
-def make_eval_step(
-    task: Task, mesh: Mesh
-) -> Callable[[Params, Batch], dict[str, Mean]]:
+def make_eval_step(task: Task, mesh: Mesh) -> jax.stages.Wrapped:
     """Returns `(params, batch) -> means`, without dropout."""
 
     def eval_step(params: Params, batch: Batch) -> dict[str, Mean]:

@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Mapping
 
+from pretraining.table import format_table
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
@@ -13,7 +15,7 @@ class Result:
         steps: Updates made.
         tokens: Tokens trained on.
         seconds: Time since this process began to train, evaluations included.
-        loss: Mean training loss of the last steps logged.
+        loss: Mean training loss of the last steps logged, None if no log is left.
         validation: Metrics on all held-out records.
         references: Losses to compare with.
         parameters: Their number.
@@ -25,7 +27,7 @@ class Result:
     steps: int
     tokens: int
     seconds: float
-    loss: float
+    loss: float | None
     validation: Mapping[str, float]
     references: Mapping[str, float]
     parameters: int
@@ -34,7 +36,9 @@ class Result:
 
     def __str__(self) -> str:
         """Returns a table."""
-        rows = [("training loss", f"{self.loss:.3f}")]
+        rows = []
+        if self.loss is not None:
+            rows += [("training loss", f"{self.loss:.3f}")]
         rows += [(f"validation {k}", f"{v:.3f}") for k, v in self.validation.items()]
         rows += [(f"  {k}", f"{v:.3f}") for k, v in self.references.items()]
         minutes, seconds = divmod(round(self.seconds), 60)
@@ -45,8 +49,7 @@ class Result:
             (f"{self.optimizer} state", self._memory(self.optimizer_bytes)),
             ("  adamw state", self._memory(self.adamw_bytes)),
         ]
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+        return format_table(rows, "<<")
 
     def _memory(self, size: int) -> str:
         return f"{size:,} bytes, {size / self.parameters:.2f} per parameter"

@@ -1,11 +1,12 @@
 """The training loop that all examples share."""
 
 import collections
+import contextlib
 import dataclasses
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from came_optax import state_memory
 from pretraining.data import pipeline
 from pretraining.errors import Diverged, Interrupted, UserError
 from pretraining.files import write_atomically
-from pretraining.options import option, positive_int
-from pretraining.task import Record, Task, with_param_dtype
-from pretraining.training import devices, metrics, plots, runs
-from pretraining.training.checkpoints import Checkpoints
+from pretraining.options import non_negative_int, option, positive_int
+from pretraining.task import Records, Task, with_param_dtype
+from pretraining.training import devices, metrics, plots
+from pretraining.training.checkpoints import Checkpoints, OtherState
 from pretraining.training.interrupts import InterruptRequest
 from pretraining.training.optimizers import (
     OptimizerOptions,
@@ -28,8 +29,13 @@ from pretraining.training.optimizers import (
     make_schedule,
 )
 from pretraining.training.progress import Progress, Throughput
-from pretraining.training.runs import RunOptions
-from pretraining.training.step import make_eval_step, make_init, make_train_step, merge
+from pretraining.training.step import (
+    TrainState,
+    make_eval_step,
+    make_init,
+    make_train_step,
+    merge,
+)
 from pretraining.training.summary import Result
 
 
@@ -54,11 +60,13 @@ class TrainingOptions:
         None,
         "devices for each way to split the work, e.g. data=2,fsdp=4: data splits "
         "batches, fsdp parameters and state too, tensor each sequence's work (default: "
-        "data takes all)",
+        "auto, data takes all)",
         type=devices.mesh_sizes,
         metavar="AXIS=N,...",
     )
-    seed: int = option(0, "of initial weights, shuffling and sampling", type=int)
+    seed: int = option(
+        0, "of initial weights, shuffling and sampling", type=non_negative_int
+    )
     log_every: int = option(10, "steps between metrics", type=positive_int)
     eval_every: int = option(100, "steps between evaluations", type=positive_int)
     eval_batches: int = option(
@@ -71,13 +79,14 @@ class Trainer:
     """Trains a task's model.
 
     Leaves checkpoints, metrics.jsonl, TensorBoard events, curve.png and summary.json in
-    `run.output`.
+    the folder.
 
     Args:
         task: The model, its loss and its data.
         optimizer: The update rule, its schedule and gradient clipping.
         training: Steps, batches, and what happens how often.
-        run: The folder, and whether to go on from its newest checkpoint.
+        folder: The run's, from `runs.claim`.
+        resume: Whether to go on from its newest checkpoint.
 
     Raises:
         UserError: Something about the options, the data or the folder doesn't fit.
@@ -88,11 +97,13 @@ class Trainer:
         task: Task,
         optimizer: OptimizerOptions,
         training: TrainingOptions,
-        run: RunOptions,
+        folder: Path,
+        *,
+        resume: bool = False,
     ):
         task = with_param_dtype(task, training.param_dtype)
         self.task, self.optimizer, self.training = task, optimizer, training
-        self.folder = Path(run.output)
+        self.folder, self._summary = folder, folder / "summary.json"
         self.mesh = devices.make_mesh(training.mesh)
         self.data_part = devices.data_part(self.mesh)
         devices.check_batch_size(training.batch_size, training.accumulate, self.mesh)
@@ -106,17 +117,18 @@ class Trainer:
         self.batches = pipeline.train_batches(
             task, training.batch_size, training.seed, self.data_part
         )
-        runs.prepare(self.folder, resume=run.resume)
-        self.checkpoints = Checkpoints(self.folder)
-        init = make_init(task, self.tx, training.seed, self.mesh)
-        if run.resume:
-            self.state = self.checkpoints.restore(init)
-            about = self.checkpoints.load_about()
-            if about["data"] != pipeline.fingerprint(task.train):
-                raise UserError(f"{self.folder}: this run began on another text")
-            self.batches.set_state(about["position"])
+        self.about = {
+            "options": dict(task.options)
+            | dataclasses.asdict(optimizer)
+            | dataclasses.asdict(training),
+            "data": pipeline.fingerprint(task),
+        }
+        self.checkpoints = Checkpoints(folder)
+        self.init = make_init(task, self.tx, training.seed, self.mesh)
+        if resume:
+            self.state = self._restore()
         else:
-            self.state = init()
+            self.state = self.init()
             if task.pretrained is not None:
                 of_params = jax.tree.map(lambda p: p.sharding, self.state.params)
                 params = task.pretrained(self.state.params)
@@ -129,6 +141,41 @@ class Trainer:
             for name, content in task.files.items():
                 write_atomically(self.folder / name, content)
 
+    def _restore(self) -> TrainState:
+        """Returns the newest checkpoint's state, and puts the data where it was.
+
+        Raises:
+            UserError: It is damaged, or of a run with other options than may change.
+        """
+        about = self.checkpoints.load_about()
+        of_data = {*self.task.options, "seq_len"}
+        of_state = of_data | vars(self.optimizer).keys() | {"param_dtype"}
+        if about["data"] != self.about["data"]:
+            raise UserError(
+                f"{self.folder}: this run began on other data"
+                + (self._changed(about, of_data) or "; the text has changed since")
+            )
+        try:
+            state = self.checkpoints.restore(self.init)
+        except OtherState as error:
+            raise UserError(f"{error}{self._changed(about, of_state)}") from error
+        if (done := int(state.step)) > self.training.steps:
+            raise UserError(
+                f"--steps {self.training.steps}: {done} are done already in "
+                f"{self.folder}"
+            )
+        self.batches.set_state(about["position"])
+        return state
+
+    def _changed(self, about: Mapping[str, Any], names: Set[str]) -> str:
+        """Names the options that are not what a checkpoint was made with."""
+        saved, now = about["options"], json.loads(json.dumps(self.about["options"]))
+        return "".join(
+            f"; --{name.replace('_', '-')} was {saved[name]}, is {now[name]}"
+            for name in now
+            if name in names & saved.keys() and saved[name] != now[name]
+        )
+
     @property
     def model(self) -> Any:
         """The model with its present parameters, whole and on the host."""
@@ -140,9 +187,15 @@ class Trainer:
         Raises:
             Diverged: The loss or a gradient is no longer finite.
             Interrupted: By Ctrl-C or SIGTERM, after saving a checkpoint.
-            UserError: The folder is full.
+            CannotSave: The folder is full.
         """
         training, last_step = self.training, self.training.steps
+        length = self.task.tokens_per_record
+        print(
+            f"{self.task.name}, {len(self.task.train) * length:,} tokens to train on, "
+            f"{len(self.task.validation) * length:,} held out; in {self.folder}",
+            flush=True,
+        )
         first_step = int(self.state.step) + 1
         began = time.perf_counter()
         speed = Throughput(training.batch_size * self.task.tokens_per_record)
@@ -166,7 +219,7 @@ class Trainer:
 
                 if last or step % training.log_every == 0:
                     row = _finite_floats(step_metrics, step)
-                    row["learning_rate"] = float(self.schedule(step - 1))
+                    row["learning_rate"] = float(np.asarray(self.schedule(step - 1)))
                     row["tokens_per_second"] = speed.measure()
                     writer.write(step, **row)
                     progress.show(
@@ -191,18 +244,22 @@ class Trainer:
                     self.save()
                     speed.restart()
                 if interrupted and not last:
-                    raise Interrupted(step, self.folder)
+                    raise Interrupted
         seconds = time.perf_counter() - began
-        return self._conclude(seconds) if devices.is_first_process() else None
+        if first_step > last_step:  # All was done but what follows.
+            means = self.evaluate()
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                seconds = json.loads(self._summary.read_text("utf-8"))["seconds"]
+        return self._conclude(seconds, means) if devices.is_first_process() else None
 
     def evaluate(
-        self, limit: int | None = None, records: Sequence[Record] | None = None
+        self, limit: int | None = None, records: Records | None = None
     ) -> dict[str, float]:
         """Returns metrics on all held-out records, or on `limit` batches of them.
 
         `records` takes the place of the task's own, e.g. for a test at the end.
         """
-        sums = collections.defaultdict(lambda: np.zeros(2))
+        sums: dict[str, np.ndarray] = collections.defaultdict(lambda: np.zeros(2))
         size = self.training.batch_size
         for batch in pipeline.validation_batches(
             self.task, size, limit, records, self.data_part
@@ -215,16 +272,12 @@ class Trainer:
     def save(self) -> None:
         """Saves a checkpoint."""
         self.checkpoints.save(
-            self.state,
-            options=dict(self.task.options)
-            | dataclasses.asdict(self.optimizer)
-            | dataclasses.asdict(self.training),
-            data=pipeline.fingerprint(self.task.train),
-            position=self.batches.get_state(),
+            self.state, **self.about, position=self.batches.get_state()
         )
 
-    def _conclude(self, seconds: float) -> Result:
+    def _conclude(self, seconds: float, means: Mapping[str, float]) -> Result:
         rows = metrics.read(self.folder)
+        losses = [row["loss"] for row in rows if "loss" in row]
         params = self.state.params
         result = Result(
             optimizer=self.optimizer.optimizer,
@@ -233,19 +286,15 @@ class Trainer:
             * self.training.batch_size
             * self.task.tokens_per_record,
             seconds=seconds,
-            loss=float(np.mean([row["loss"] for row in rows if "loss" in row][-10:])),
-            validation={
-                name.removeprefix("validation_"): value
-                for name, value in rows[-1].items()
-                if name.startswith("validation_")
-            },
+            loss=float(np.mean(losses[-10:])) if losses else None,
+            validation=means,
             references=self.task.references,
             parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
             optimizer_bytes=state_memory(self.tx, params).total,
             adamw_bytes=state_memory(optax.adamw(self.schedule), params).total,
         )
         write_atomically(
-            self.folder / "summary.json",
+            self._summary,
             json.dumps(dataclasses.asdict(result), indent=2) + "\n",
         )
         plots.plot_curve(

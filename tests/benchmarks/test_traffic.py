@@ -1,7 +1,8 @@
 """Traffic is counted as the chip has it."""
 
 import pytest
-from measuring.hlo import Traffic, traffic
+
+from compiling.traffic import Traffic, traffic
 
 FUSION = """\
 HloModule jit_update, is_scheduled=true
