@@ -15,6 +15,7 @@ What needs a package that isn't installed is skipped, and says so.
 
     python benchmarks/accelerator.py --budget-minutes 8
     python benchmarks/accelerator.py --parts values update
+    python benchmarks/accelerator.py --resume
 
 The exit code is 1 if anything failed. `accelerator_page.py` makes tables and plots of
 the file once it lies in docs/results/accelerator.
@@ -99,25 +100,26 @@ def _pretrain(*optimizers: str, seconds: int) -> Job:
 
 TORCH = ("PyTorch AdamW (fused)", "PyTorch CAME")
 
-# In the order of the list: what comes last is what a short budget leaves out.
+# What comes last is what a short budget leaves out: after one or two jobs of each part
+# come those that complete it.
 JOBS = (
     Job("machine", "machine", 45),
     Job("values", "values", 75),
     _update("gpt2-small", "float32", 90),
     _torch("gpt2-small", *TORCH, seconds=45),
     _step("AdamW", 90),
-    _step("steady CAME, float32", 60),
     _step("steady CAME, int8", 60),
     _largest("steady CAME, int8", "bfloat16", 90),
-    _largest("AdamW", "float32", 90),
     _pretrain("steady CAME, int8", "AdamW", seconds=270),
+    _largest("AdamW", "float32", 90),
+    _step("steady CAME, float32", 60),
     _update("bert-large", "bfloat16", 120),
     _update("gpt2-small", "bfloat16", 90),
     _update("bert-large", "float32", 120),
     _torch("bert-large", *TORCH, seconds=45),
-    _torch("gpt2-small", "PyTorch CAME, compiled", seconds=120),
     _largest("AdamW", "bfloat16", 90),
     _pretrain("NAdamW", "Adafactor", seconds=270),
+    _torch("gpt2-small", "PyTorch CAME, compiled", seconds=120),
 )
 PARTS = tuple(dict.fromkeys(job.part for job in JOBS[1:]))
 
@@ -187,6 +189,17 @@ def summarize(rows: Sequence[Mapping[str, object]]) -> tuple[str, bool]:
     return table, not any(count["failed"] for count in counts.values())
 
 
+def done(rows: Iterable[Mapping[str, Any]], size: str) -> set[str]:
+    """Returns the jobs of a size that came to their end with something measured."""
+    found = set()
+    for row in rows:
+        if row["size"] == size and outcome(row) == "measured":
+            found.add(row["job"])
+        elif row.keys() <= {"part", "job", "size", "at", "failed", "skipped"}:
+            found.discard(row["job"])  # Not one of its cases, but the job.
+    return found
+
+
 def outcome(row: Mapping[str, object]) -> str:
     """Returns whether a row was measured, failed or was skipped."""
     if "failed" in row or row.get("passed") is False:
@@ -209,6 +222,9 @@ def main() -> None:
         "--size",
         choices=recorder.SIZES,
         help="nano tries the code (default: full, or nano on a CPU)",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out jobs that FILE has rows of"
     )
     parser.add_argument("--budget-minutes", type=float, default=7.5, metavar="N")
     parser.add_argument(
@@ -246,7 +262,8 @@ def main() -> None:
         )
         run(job for job in JOBS if job.part == "machine")
         check_device(args.output)
-        run(job for job in JOBS if job.part in args.parts)
+        before_that = done(recorder.read(args.output), size) if args.resume else set()
+        run(j for j in JOBS if j.part in args.parts and j.name not in before_that)
     table, succeeded = summarize(recorder.read(args.output)[before:])
     print(f"\n{table}\n\n{args.output}")
     sys.exit(0 if succeeded else 1)

@@ -15,6 +15,7 @@ import pytest
 from accelerator_page import newest, write_page
 from on_accelerator import (
     largest,
+    machine,
     pretraining_run,
     training_step,
     update_times,
@@ -90,8 +91,8 @@ def test_the_script_keeps_to_its_budget(tmp_path):
 
 
 def test_a_job_by_itself(tmp_path):
-    _, (machine, copy, matmul) = run_script(tmp_path, "--job=machine")
-    assert machine["device"] == "cpu"
+    _, (device, copy, matmul) = run_script(tmp_path, "--job=machine")
+    assert device["device"] == "cpu"
     assert min(copy["gb_per_second"], matmul["tflops"]) > 0
 
 
@@ -109,6 +110,32 @@ def test_rows_of_two_devices_do_not_mix(record):
     record("machine").write(device="H200")
     with pytest.raises(SystemExit, match=r"has rows of H.00 and H.00"):
         accelerator.check_device(path)
+
+
+def test_what_is_done_is_left_out_when_resumed(record, tmp_path):
+    names = [job.name for job in accelerator.JOBS if job.part == "largest"]
+    whole, partly, failed = (record(name) for name in names)
+    whole.write(layers=1)
+    whole.write(layers=2, failed="one case")
+    partly.write(layers=1)
+    partly.write(failed="ended after 90 s")
+    failed.write(failed="exit code 1")
+    options = ["--budget-minutes=0", "--parts", "largest", "--resume"]
+    _, rows = run_script(tmp_path, *options)
+    assert [row["job"] for row in rows[5:]] == ["machine", *names[1:]]
+    assert accelerator.done(rows, "full") == set()
+
+
+def test_memory_and_rate_of_a_device():
+    stats = {"bytes_limit": 100, "pool_bytes": 90}
+    device = types.SimpleNamespace(memory_stats=lambda: stats)
+    assert machine.memory_limit(device) == 90
+    del stats["pool_bytes"]
+    assert machine.memory_limit(device) == 100
+    device = types.SimpleNamespace(device_kind="TPU v5 lite")
+    assert machine.peak_tflops(device) == 197
+    device = types.SimpleNamespace(device_kind="NVIDIA H200")
+    assert machine.peak_tflops(device) == 989
 
 
 def test_every_job_can_be_started():
