@@ -102,6 +102,18 @@ def assert_close(found: Any, expected: Any, tolerance: float) -> None:
         assert far(x, y) <= tolerance, jax.tree_util.keystr(path)
 
 
+def share_of_far(found: Any, expected: Any, tolerance: float) -> float:
+    """Returns how many numbers differ by more standard deviations than that."""
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    differ = [
+        np.abs(np.asarray(x, np.float64) - y).ravel()
+        > tolerance * max(np.std(y), 1e-30)
+        for x, y in ((x, np.asarray(y, np.float64)) for x, y in pairs)
+        if y.size > 1
+    ]
+    return float(np.concatenate(differ).mean())
+
+
 @functools.cache
 def plain(options: str, mu_dtype: str) -> Any:
     tx = scale_by_came(**OPTIONS[options], factoring=RULE, mu_dtype=mu_dtype)
@@ -117,8 +129,11 @@ def test_values(platform: str, options: str, mu_dtype: str) -> None:
     expected = plain(options, mu_dtype)
     if options == "without momentum":  # u − m is what rounding leaves.
         found, expected = ([u for u, _ in x] for x in (found, expected))
-    # A rounding error may give another bfloat16.
-    assert_close(found, expected, 1e-5 if mu_dtype == "float32" else 1e-2)
+    if mu_dtype == "float32":
+        assert_close(found, expected, 1e-5)
+    else:  # A rounding error may give another bfloat16, but seldom.
+        assert_close(found, expected, 1e-2)
+        assert share_of_far(found, expected, 1e-5) < 1e-3
 
 
 @pytest.mark.parametrize("dtype", [np.complex64, np.float64, np.complex128])
