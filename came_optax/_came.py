@@ -204,8 +204,8 @@ def came(
     Example:
       >>> import jax, jax.numpy as jnp, optax
       >>> from came_optax import came
-      >>> params = {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}
-      >>> loss = lambda p: jnp.sum((jnp.ones(3) @ p["kernel"] + p["bias"]) ** 2)
+      >>> params = {"kernel": jnp.ones((4, 4)), "bias": jnp.zeros(4)}
+      >>> loss = lambda p: jnp.sum((jnp.ones(4) @ p["kernel"] + p["bias"]) ** 2)
       >>> tx = came(learning_rate=optax.warmup_constant_schedule(0.0, 1e-2, 10))
       >>> state = tx.init(params)
       >>> for _ in range(50):
@@ -261,9 +261,53 @@ def steady_came(
     bias_correction: bool = True,
     update_clipping_threshold: jax.typing.ArrayLike | None = 1.0,
 ) -> optax.GradientTransformationExtraArgs:
-    r""":func:`came` with the defaults that this package recommends.
+    """CAME in its recommended setting: :func:`came` with other defaults.
 
-    At AdamW's learning rate, on half of its state. All arguments are :func:`came`'s.
+    Averages are corrected for their start at zero, momentum looks one step ahead, and
+    constant and rare gradients make no longer steps than Adam's. So it takes AdamW's
+    learning rate, on half of AdamW's state, or an eighth with ``mu_dtype="int8"``.
+
+    Args:
+      learning_rate: step size, a number or a schedule; begin with AdamW's.
+      b1: decay rate of the momentum; 0 ≤ b1 < 1.
+      b2: decay rate of the second moment; 0 ≤ b2 < 1.
+      b3: decay rate of the instability; 0 ≤ b3 < 1.
+      eps1: added to the squared gradient; ≥ 1e-30.
+      eps2: added to the instability, so that no step is more than 1/√eps2 times its
+        momentum; ≥ 1e-30.
+      clipping_threshold: largest root mean square of a leaf's normalised gradient; > 0,
+        or None.
+      weight_decay: decoupled weight decay, multiplied by the learning rate; if not 0,
+        ``update`` needs ``params``.
+      weight_decay_mask: a tree of bools (or a function from parameters to one) that is
+        True where weight decay applies.
+      factoring: which axes of each leaf are rows and columns.
+      mu_dtype: how momentum is stored: None or float32 (float64 for float64
+        parameters), bfloat16, int8 or int4, as a dtype or its name.
+      nesterov: whether the update looks one step ahead.
+      bias_correction: whether averages are corrected for their start at zero.
+      update_clipping_threshold: largest root mean square of a leaf's final update,
+        before learning rate and weight decay; > 0, or None.
+
+    Returns:
+      The optimizer; see :func:`came` for its equations, and for what it does to dtypes.
+
+    Raises:
+      ValueError: an argument or a leaf's axes are out of range.
+      TypeError: integer leaves, or a state that another transformation made.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from came_optax import steady_came
+      >>> params = {"kernel": jnp.ones((64, 64)), "bias": jnp.zeros(64)}
+      >>> tx = steady_came(1e-3, weight_decay=0.1, mu_dtype="int8")
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> params = optax.apply_updates(params, updates)
+
+    References:
+      Luo et al., `CAME <https://arxiv.org/abs/2307.02047>`_, 2023; Dozat,
+      `Incorporating Nesterov momentum into Adam
+      <https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ>`_, 2016.
     """
     return came(
         learning_rate,

@@ -89,8 +89,8 @@ class StateMemory:
                         shape    rows  columns  parameters  state bytes  bytes/param
           q_einsum  12×768×64  12×768       64     589,824      701,188        1.189
           query     768×12×64     768    12×64     589,824      608,260        1.031
-          (other)                                                     8
-          total                                  1,179,648    1,309,456        1.110
+          (other)                                                     4
+          total                                  1,179,648    1,309,452        1.110
         """
         head = "shape", "rows", "columns", "parameters", "state bytes", "bytes/param"
         rows: list[tuple[str, ...]] = [("", *head)]
@@ -131,11 +131,11 @@ def state_memory(tx: optax.GradientTransformation, params: Any) -> StateMemory:
       >>> print(state_memory(came(1e-3, mu_dtype="int8"), {"up": {"kernel": kernel}}))
                  parameters  state bytes  bytes/param
       up         67,108,864   67,354,628        1.004
-      (other)                          8
-      total      67,108,864   67,354,636        1.004
+      (other)                          4
+      total      67,108,864   67,354,632        1.004
         int8                  67,108,864
         float32                  245,764
-        int32                          8
+        int32                          4
       AdamW      67,108,864  268,435,460        4.000
     """
     leaves = dict(jax.tree.leaves_with_path(params))

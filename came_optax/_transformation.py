@@ -159,7 +159,7 @@ def _update(rule: Rule, updates: Tree, state: State) -> tuple[Tree, State]:
         check_same_leaves("updates", updates, "state", tree, momentum.is_codes)
     columns = [treedef.flatten_up_to(tree) for tree in trees.values()]
     count: jax.Array = jnp.asarray(optax.safe_increment(state.count))
-    token = count < 0  # False, but not to compilers.
+    before = count < 0  # False, but not to compilers.
     hyperparameters = functools.cache(functools.partial(_cast, rule.hyperparameters))
     new_leaves, leaves = [], []
     for (path, g), leaf_axes, *arrays in zip(
@@ -169,13 +169,13 @@ def _update(rule: Rule, updates: Tree, state: State) -> tuple[Tree, State]:
         _check_leaf(rule, path, g, leaf, leaf_axes)
         if g.size > 0:
             dtype = _precision(leaf)
-            g, leaf, token = _update_leaf(
+            g, leaf, before = _update_leaf(
                 _upcast(g, dtype),
                 leaf,
                 hyperparameters(dtype),
                 count,
                 count.astype(dtype) if rule.bias_correction else None,
-                token,
+                before,
                 axes=leaf_axes,
                 by_platform=tuple(schedules.BY_PLATFORM.items()),
             )
@@ -232,12 +232,18 @@ def _update_leaf(
     h: Hyperparameters,
     count: jax.Array,
     t: jax.Array | None,
-    token: jax.Array,
+    before: jax.Array,
     *,
     axes: FactoredAxes,
     by_platform: Any,
 ) -> tuple[jax.Array, dict[str, Any], jax.Array]:
-    """Returns one leaf's update, arrays and token; traced once for each shape."""
+    """Returns one leaf's update, its arrays, and what is known when they are.
+
+    It is traced once for each shape.
+    """
+    # A factored leaf has no use for its v, which is replicated.
+    own = leaf["v"][0] < 0 if axes.factored and "v" in leaf else before
+    token = schedules.Token(before, own)
     # Real numbers scale complex leaves.
     with jax.numpy_dtype_promotion("standard"):
         update, leaf = schedules.on_each_platform(
@@ -250,8 +256,8 @@ def _update_leaf(
     if isinstance(leaf.get("mu"), Codes):
         small.append(leaf["mu"].row_scale)
     if axes.factored and small:
-        token = schedules.known(*small)
-    return update, leaf, token
+        before = schedules.known(*small)
+    return update, leaf, before
 
 
 def _by_schedule(
@@ -261,7 +267,7 @@ def _by_schedule(
     h: Hyperparameters,
     count: jax.Array,
     t: jax.Array | None,
-    token: jax.Array,
+    token: schedules.Token,
     *,
     axes: FactoredAxes,
 ) -> tuple[jax.Array, dict[str, Any]]:

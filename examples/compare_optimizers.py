@@ -20,6 +20,7 @@ from comparing import search
 from comparing.figures import draw
 from comparing.methods import (
     ABLATIONS,
+    BEFORE_NESTEROV,
     COMPARISON,
     METHODS,
     REFERENCE,
@@ -49,7 +50,7 @@ RUNS = {
 GROUPS = {
     "comparison": COMPARISON,
     "ablations": (REFERENCE, *ABLATIONS),
-    "study": (REFERENCE, "came", *STUDY),
+    "study": (REFERENCE, BEFORE_NESTEROV, "came", *STUDY),
     "storage": (REFERENCE, *STORAGE),
 }
 
@@ -161,7 +162,7 @@ def report(task: Task, folder: Path, log: Log) -> None:
     known = [summary for summary in everything if summary is not None]
     for group, names in GROUPS.items():
         members = [summary for summary in known if summary.name in names]
-        if members:
+        if {summary.name for summary in members} - {REFERENCE}:
             tables = make_tables(members, known)
             write_atomically(folder / f"{group}.md", tables)
             draw(folder / f"{group}.png", task.name, members)

@@ -1,8 +1,10 @@
 """The optimizers and the parameters that updates are measured with."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from came_optax import _schedules as schedules
 from came_optax import came
 from pretraining.models import bert, gpt2
 
@@ -68,6 +71,13 @@ def make_update(tx: optax.GradientTransformation) -> Any:
         return optax.apply_updates(params, updates), state
 
     return jax.jit(update, donate_argnums=(0, 1))
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """What is traced within computes CAME as it is written, on every platform."""
+    with mock.patch.dict(schedules.BY_PLATFORM, clear=True):
+        yield
 
 
 def _shapes(make_model: Callable[[], nnx.Module]) -> Any:

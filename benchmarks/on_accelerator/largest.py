@@ -44,8 +44,6 @@ SECONDS_FOR_ANOTHER = 25
 
 def run(record: Recorder, optimizer: str, param_dtype: str) -> None:
     """Records some steps of the largest model, and what one layer more does."""
-    # Compiles several times faster; largest_model.py does so too.
-    jax.config.update("jax_exec_time_optimization_effort", -1.0)
     device = jax.devices()[0]
     make = functools.partial(
         Step, in_float32(OPTIMIZERS[optimizer]()), param_dtype, record.nano

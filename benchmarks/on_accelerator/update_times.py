@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from measuring import updates
 from measuring.compiled_steps import in_float32
+from measuring.updates import plain
 from update import BASELINE, ratios, time_in_turn
 
 from came_optax import steady_came
@@ -28,21 +29,25 @@ ROUNDS = {"full": 30, "nano": 3}
 AT_ONCE = 5  # Updates between two looks at the clock.
 
 Make = Callable[[], optax.GradientTransformation]
-OTHERS: dict[str, Make] = {
+OPTIMIZERS: dict[str, Make] = {
+    **updates.OPTIMIZERS,
     "NAdamW": partial(optax.nadamw, 1e-3, weight_decay=0.1),
     "Muon": partial(optax.contrib.muon, 1e-3, weight_decay=0.1),
 } | {
     f"steady CAME, {dtype}": partial(
         steady_came, 1e-3, weight_decay=0.1, mu_dtype=dtype
     )
-    for dtype in ("float32", "bfloat16", "int8", "int4")
+    for dtype in ("float32", "int8")
 }
 FLASH = "FlashOptim's AdamW"
+# The algorithm as it is written, without what leads a platform's compiler.
+PLAIN = {f"{name}, plain": make for name, make in OPTIMIZERS.items() if "CAME" in name}
 # What is measured of the large model, where compiling everything takes too long.
 FEW = (
     *("SGD", "AdamW", "Adafactor, momentum", "CAME, float32", "CAME, int8"),
-    *("steady CAME, int8", FLASH),
+    *("CAME, float32, plain", "CAME, int8, plain", "steady CAME, int8", FLASH),
 )
+NANO = ("SGD", "AdamW", "CAME, float32", "CAME, float32, plain", FLASH)
 
 
 class Contestant:
@@ -111,14 +116,19 @@ def compile_all(
 
 def lowerings(model: str, dtype: Any, nano: bool) -> dict[str, Callable[[Any], Any]]:
     """Returns by name what lowers an update, given gradients, beside its `init`."""
-    everything: dict[str, Make] = updates.OPTIMIZERS | OTHERS
     if nano:
-        chosen = ("SGD", "AdamW", "CAME, float32", FLASH)
+        chosen = NANO
+    elif model == "bert-large":
+        chosen = FEW
     else:
-        chosen = FEW if model == "bert-large" else (*everything, FLASH)
+        chosen = (*OPTIMIZERS, *PLAIN, FLASH)
     found = {
         name: partial(lower_optax, make, dtype)
-        for name, make in everything.items()
+        for name, make in OPTIMIZERS.items()
+        if name in chosen
+    } | {
+        name: partial(lower_plain, make, dtype)
+        for name, make in PLAIN.items()
         if name in chosen
     }
     if FLASH in chosen:
@@ -134,6 +144,12 @@ def lower_optax(make: Make, dtype: Any, grads: Any) -> tuple[Any, Any]:
     tx = make() if dtype == jnp.float32 else in_float32(make())
     state = jax.eval_shape(tx.init, grads)
     return tx.init, updates.make_update(tx).lower(grads, state, grads)
+
+
+def lower_plain(make: Make, dtype: Any, grads: Any) -> tuple[Any, Any]:
+    """Returns the same, without the schedule of any platform."""
+    with plain():
+        return lower_optax(make, dtype, grads)
 
 
 def lower_flash(dtype: Any, grads: Any) -> tuple[Any, Any]:

@@ -12,11 +12,11 @@ import jax
 
 from came_optax._schedules import cpu, gpu, tpu
 from came_optax._schedules.cpu import known
-from came_optax._schedules.plain import PLAIN, Schedule
+from came_optax._schedules.plain import PLAIN, Schedule, Token
 
 BY_PLATFORM = {"cpu": cpu.CPU, "cuda": gpu.GPU, "tpu": tpu.TPU}
 
-__all__ = ["BY_PLATFORM", "PLAIN", "Schedule", "known", "on_each_platform"]
+__all__ = ["BY_PLATFORM", "PLAIN", "Schedule", "Token", "known", "on_each_platform"]
 
 
 def on_each_platform(

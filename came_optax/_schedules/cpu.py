@@ -39,7 +39,7 @@ def normalize(
         # A factor, as what a select makes of g would be stored.
         col = mean_square(after(token, 1 + 0 * h.b2) * apart(g), axes.row, h.eps1)
         new: Factored = algorithm.average(v, Factored(row, col), decay)
-        v, token = new, known(jnp.mean(new.row))
+        v, token = new, token._replace(before=known(jnp.mean(new.row)))
 
     def whiten(g: Array, v: Statistic) -> Array:
         return algorithm.whiten(g, v, h, axes, t)
@@ -68,7 +68,7 @@ def confide(
         row = mean_square(change, axes.col, h.eps2, h.b1)
         col = mean_square(stored, axes.row, h.eps2, h.b1)
         s = algorithm.average(s, Factored(row, col), h.b3)
-        token = known(s.row, s.col)
+        token = token._replace(before=known(s.row, s.col))
         m = jnp.where(jnp.isfinite(u), u - after(token, h.b1) * stored, u)  # Not ∞ − ∞.
 
     def trust(m: Array, u: Array, s: Factored | None) -> Array:
@@ -106,10 +106,10 @@ def apart(xs: T) -> T:
 
 def after(token: Token, x: Array) -> Array:
     """Returns x, not before the token is known: XLA can't know that it is False."""
-    return jnp.where(token, 0, x)
+    return jnp.where(token.before, 0, x)
 
 
-def known(*statistics: Array) -> Token:
+def known(*statistics: Array) -> Array:
     """Returns False when the statistics, which are positive, are known."""
     return jnp.any(jnp.stack([jnp.any(x < 0) for x in statistics]))
 

@@ -1,7 +1,7 @@
 """The algorithm as it is written, for platforms without a schedule of their own."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 from jax import Array
 
@@ -9,8 +9,17 @@ from came_optax import _algorithm as algorithm
 from came_optax._algorithm import Factored, Hyperparameters, Statistic
 from came_optax._factoring import FactoredAxes
 
-# False, which compilers can't know; shape (). It is handed from leaf to leaf.
-Token: TypeAlias = Array
+
+class Token(NamedTuple):
+    """What is False, but compilers can't know; both of shape ().
+
+    Attributes:
+      before: known when what comes before is done, the previous leaf at first.
+      own: known from the start, and this leaf's own.
+    """
+
+    before: Array
+    own: Array
 
 
 def normalize(

@@ -27,7 +27,7 @@ def normalize(
 ) -> tuple[Array, Statistic, Token]:
     """See :class:`Schedule`."""
     if isinstance(v, Factored):
-        g = on_chip(g, jnp.min(v.row) < 0)
+        g = on_chip(g, token.own)
     return *algorithm.normalize(g, v, h, axes, t), token
 
 
@@ -35,7 +35,7 @@ def stage(codes: Array, v: Statistic | None, token: Token) -> Array:
     """See :class:`Schedule`. All leaves' codes at once would leave no room on chip."""
     if isinstance(v, Factored):
         return on_chip(codes, jnp.mean(v.row) < 0)
-    return codes if v is not None else on_chip(codes, token)
+    return codes if v is not None else on_chip(codes, token.before)
 
 
 def on_chip(x: Array, never: Array) -> Array:

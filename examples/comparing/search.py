@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 
 # How much worse than the best still counts as good.
 TOLERANCE = 0.01
+# What every search begins with.
+FEWEST = 4
 LOWEST, HIGHEST = -24, 4
 
 

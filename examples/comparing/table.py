@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from comparing import search
 from comparing.methods import REFERENCE
 from comparing.summary import Summary, best_of, spread
 
@@ -51,16 +52,18 @@ def _row(
         scale, digits = (100, 1) if metric.endswith("accuracy") else (1, 3)
         name = metric.replace("_", " ") + (" (%)" if scale == 100 else "")
         finals = scale * summary.finals(metric)
-        row[name] = f"{finals.mean():.{digits}f} ± {spread(finals):.{digits}f}"
+        row[name] = f"{finals.mean():.{digits}f}{_error(spread(finals), digits)}"
     row["seeds"] = str(len(summary.runs))
     if reference is not None:
         mean, error = summary.minus(reference)
         row[f"loss − {reference.label}'s"] = (
-            "" if summary is reference else f"{mean:+.3f} ± {error:.3f}"
+            "" if summary is reference else f"{mean:+.3f}{_error(error, 3)}"
         )
     row["learning rates within 1 %"] = (
         f"{summary.good_range[0]:.1e} to {summary.good_range[1]:.1e} "
         f"({summary.width:.1f}×)"
+        if len(summary.losses) >= search.FEWEST
+        else "not searched"
     )
     for name, other in others.items():
         if other is not None:
@@ -74,3 +77,7 @@ def _row(
     row["spikes"] = str(sum(run.spikes() for run in summary.runs))
     row["learning rates tried"] = str(len(summary.losses))
     return row
+
+
+def _error(error: float, digits: int) -> str:
+    return "" if math.isnan(error) else f" ± {error:.{digits}f}"

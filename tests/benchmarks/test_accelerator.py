@@ -23,6 +23,8 @@ from on_accelerator import (
 )
 from on_accelerator.recorder import Recorder, Skipped, read
 
+from came_optax import _schedules as schedules
+
 SCRIPT = pathlib.Path(accelerator.__file__)
 
 
@@ -151,6 +153,22 @@ def test_values_agree(form):
     assert found["error"] <= values.LARGEST_ERROR
 
 
+def test_a_schedule_that_is_wrong_is_seen(monkeypatch):
+    def confide(u, m, s, *rest):
+        delta, m, s, token = schedules.PLAIN.confide(u, m, s, *rest)
+        return (
+            delta,
+            m,
+            s._replace(row=1.001 * s.row) if hasattr(s, "row") else s,
+            token,
+        )
+
+    wrong = schedules.PLAIN._replace(confide=confide)
+    monkeypatch.setitem(schedules.BY_PLATFORM, "cpu", wrong)
+    found = values.compare("came", "float32", "float32", values.SHAPES["nano"])
+    assert not found["passed"]
+
+
 @pytest.mark.parametrize("wrong", [1e-3, np.nan])
 def test_values_that_are_off_are_seen(wrong):
     expected = np.random.default_rng(0).standard_normal((8, 8), np.float32)
@@ -175,7 +193,7 @@ def test_updates_are_timed_beside_adamw(record):
     update_times.run(job, "gpt2-small", "float32")
     rows = {row["optimizer"]: row for row in read(job.path)}
     assert "skipped" in rows.pop(update_times.FLASH)
-    assert set(rows) == {"SGD", "AdamW", "CAME, float32"}
+    assert set(rows) == set(update_times.NANO) - {update_times.FLASH}
     assert rows["AdamW"]["to AdamW"] == 1
     assert rows["SGD"]["bytes/parameter"] == 12
     for row in rows.values():

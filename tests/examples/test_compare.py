@@ -169,6 +169,7 @@ def test_table_compares_with_the_better_adamw():
     assert differences == ["-0.100 ± 0.000", "", "+0.100 ± 0.000"]
     assert rows[0]["validation loss"] == "0.900 ± 0.141"
     assert rows[0]["seeds"] == "2"
+    assert "not searched" in details  # At the one learning rate of these runs.
     assert rows[2]["steps to AdamW's loss"] == "not reached"
     assert "| spikes |" in details and len(details.splitlines()) == 2 + len(rows)
 
@@ -180,6 +181,11 @@ def test_table_compares_with_steady_came_where_it_is():
     ]
     differences = [row["loss − steady-came's"] for row in table(summaries)[0]]
     assert differences == ["", "+0.350 ± 0.050"]
+    # Of one seed nothing says how large the error is.
+    summaries[1] = make_summary("adamw", [1.0])
+    row = table(summaries)[0][1]
+    assert row["loss − steady-came's"] == "+0.300"
+    assert row["validation loss"] == "1.000"
 
 
 def test_log_keeps_what_was_added(tmp_path):
@@ -263,6 +269,14 @@ def test_diverged_run_ends_early(task: Task):
     assert run.rows[0]["step"] == 10
 
 
+def test_adamw_in_8_bits_trains_where_it_is_installed(task: Task):
+    pytest.importorskip("flashoptim_jax")
+    trainer = Trainer(task, METHODS["flash-adamw"], SETTINGS)
+    (_, first), (_, last) = trainer.run(1e-2, 0, {}).curve("loss")
+    assert last < first
+    assert 2 < trainer.cost()["state_bytes_per_parameter"] < 3
+
+
 @pytest.mark.parametrize(
     ("name", "least", "most"),
     [
@@ -272,6 +286,9 @@ def test_diverged_run_ends_early(task: Task):
         ("came", 4, 5.5),
         ("adafactor", 4, 5),
         ("adafactor-b1-0", 0, 1),
+        ("nadamw", 8, 8),
+        ("steady-came", 4, 5.5),
+        ("steady-came-no-confidence", 4, 5),
         ("muon", 4.1, 7.9),
     ],
 )
