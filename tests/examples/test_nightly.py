@@ -1,0 +1,240 @@
+"""Runs that are killed at random instants, and checkpoints damaged at random.
+
+`make test-all ARGS="-m nightly tests/examples/test_nightly.py"` takes hours: each run
+ends with the bits of one that nothing stopped, or is refused in a line that leads on.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from pretraining.errors import UserError
+from pretraining.training import runs
+from pretraining.training.checkpoints import Checkpoints
+from pretraining.training.step import TrainState
+
+pytestmark = pytest.mark.nightly
+
+ROOT = Path(__file__).parents[2]
+FLIPS, DAMAGED, KILLS = 150, 50, 11
+SHORT = (
+    *("--batch-size", "8", "--seq-len", "16", "--steps", "12", "--log-every", "1"),
+    *("--eval-every", "6", "--eval-batches", "1", "--checkpoint-every", "4"),
+)
+TEXT = ("--text", "text.txt", "--size", "nano")
+SCRIPTS = {
+    "pretrain_gpt2": (*TEXT, "--vocab-size", "300", *SHORT),
+    "pretrain_bert": (*TEXT, "--vocab-size", "150", *SHORT),
+    "pretrain_t5": (*TEXT, "--vocab-size", "250", *SHORT),
+    "finetune_classifier": ("--pretrained", "bert", "--csv", "text.csv", *SHORT),
+    "gpt2_in_one_file": (
+        *("--text", "documents/*.txt", "--vocab_size", "300", "--length", "16"),
+        *("--batch_size", "8", "--warmup", "2", "--steps", "12", "--save_every", "4"),
+    ),
+    "compare_optimizers": (
+        *("--text", "text.txt", "--task", "gpt2", "--methods", "lion", "--seeds", "1"),
+        *("--steps", "20", "--batch-size", "8", "--eval-batches", "1"),
+    ),
+}
+
+
+def make_state(step: int) -> TrainState:
+    rng = np.random.default_rng(step)
+    params = {str(k): jnp.asarray(rng.normal(size=(31, 17))) for k in range(5)}
+    mu = jax.tree.map(lambda p: (100 * p).astype(jnp.int8), params)
+    return TrainState(jnp.asarray(step), params, ({"mu": mu}, jnp.asarray(step)))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    checkpoints = Checkpoints(tmp_path)
+    for step in 2, 4:
+        checkpoints.save(make_state(step))
+    return tmp_path / "checkpoints" / "4"
+
+
+def check_refused(newest: Path, what: str) -> None:
+    """The damaged one is refused in a line, and what the line says works."""
+    checkpoints, init = Checkpoints(newest.parents[1]), jax.jit(lambda: make_state(0))
+    with pytest.raises(UserError) as caught:
+        checkpoints.restore(init)
+    message = str(caught.value)
+    assert "\n" not in message, what
+    assert f"{newest}: damaged checkpoint (" in message, what
+    assert message.endswith("delete that folder to go on from step 2, which is sound")
+
+
+def files_of(newest: Path) -> list[Path]:
+    return sorted(path for path in newest.rglob("*") if path.is_file())
+
+
+def test_no_flipped_bit_is_loaded(saved: Path):
+    rng = random.Random(0)
+    files = [path for path in files_of(saved) if path.stat().st_size]
+    for k in range(FLIPS):
+        # Small files as often as large ones, or each would be in the arrays.
+        path = rng.choice(files)
+        content = bytearray(path.read_bytes())
+        place, bit = rng.randrange(len(content)), rng.randrange(8)
+        content[place] ^= 1 << bit
+        good = path.read_bytes()
+        path.write_bytes(content)
+        check_refused(saved, f"{k}: {path.relative_to(saved)} byte {place} bit {bit}")
+        path.write_bytes(good)
+    shutil.rmtree(saved)
+    restored = Checkpoints(saved.parents[1]).restore(jax.jit(lambda: make_state(0)))
+    chex.assert_trees_all_equal(restored, make_state(2))
+
+
+def test_no_damaged_file_is_loaded(saved: Path):
+    rng = random.Random(0)
+    for k in range(DAMAGED):
+        path = rng.choice(files_of(saved))
+        good = path.read_bytes()
+        kind = rng.choice(["cut", "empty", "absent", "zeros", "noise", "folder"])
+        place = rng.randrange(len(good)) if good else 0
+        damaged = {
+            "cut": good[:place],
+            "empty": b"",
+            "zeros": good[:place] + bytes(len(good) - place),
+            "noise": rng.randbytes(len(good)),
+        }.get(kind)
+        if damaged == good:
+            continue
+        path.unlink()
+        if kind == "folder":
+            path.mkdir()
+        elif damaged is not None:
+            path.write_bytes(damaged)
+        check_refused(saved, f"{k}: {path.relative_to(saved)} {kind} from {place}")
+        if kind == "folder":
+            path.rmdir()
+        path.write_bytes(good)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with texts, documents, a CSV file and a pretrained BERT."""
+    folder = tmp_path_factory.mktemp("kills")
+    lines = [f"The quick brown fox {i} jumps over {i * i} dogs.\n" for i in range(400)]
+    (folder / "text.txt").write_text("".join(lines))
+    rows = [f"{line[:-1]},{'ab'[i % 2]}\n" for i, line in enumerate(lines)]
+    (folder / "text.csv").write_text("text,label\n" + "".join(rows))
+    (folder / "documents").mkdir()
+    for i in range(40):
+        document = "".join(lines[10 * i : 10 * i + 10])
+        (folder / "documents" / f"{i}.txt").write_text(document)
+    finish(start(folder, "pretrain_bert", "bert", *SCRIPTS["pretrain_bert"]))
+    return folder
+
+
+def start(folder: Path, script: str, output: str, *arguments: str) -> Any:
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "XDG_CACHE_HOME": str(folder / "cache"),
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XLA_FLAGS": "",
+    }
+    flag = "--folder" if script == "gpt2_in_one_file" else "--output"
+    path = str(ROOT / "examples" / f"{script}.py")
+    return subprocess.Popen(
+        [sys.executable, path, flag, output, *arguments],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: Any) -> float:
+    began = time.monotonic()
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+    return time.monotonic() - began
+
+
+def arguments_to_go_on(folder: Path, script: str) -> tuple[str, ...]:
+    """As a user who reads what is in the folder would go on."""
+    if "batch-size" in " ".join(SCRIPTS[script]) and runs.steps(folder):
+        return ("--resume",)
+    return SCRIPTS[script]
+
+
+def outcome(folder: Path, script: str) -> Any:
+    """Returns all that a run leaves, but for times."""
+    if script == "compare_optimizers":
+        rows = [
+            json.loads(line)
+            for path in sorted((folder / "runs").rglob("*.jsonl"))
+            for line in path.read_text().splitlines()
+        ]
+        return [
+            {k: row[k] for k in row if "seconds" not in k and "_ms" not in k}
+            for row in rows
+        ]
+    states = folder if script == "gpt2_in_one_file" else folder / "checkpoints"
+    item = "default" if script == "gpt2_in_one_file" else "state"
+    with ocp.StandardCheckpointer() as checkpointer:
+        state = checkpointer.restore((states / "12" / item).absolute())
+    if script == "gpt2_in_one_file":
+        return state
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    for row in rows:
+        row.pop("tokens_per_second", None)
+    exported = {
+        path.name: path.read_bytes()
+        for path in folder.glob("*.safetensors")  # And not a temporary one.
+    }
+    return state, rows, exported
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_killed_at_random_instants_ends_with_the_same_bits(place: Path, script: str):
+    straight = f"{script}-straight"
+    finish(start(place, script, straight, *SCRIPTS[script]))  # Fills the caches.
+    shutil.rmtree(place / straight)
+    seconds = finish(start(place, script, straight, *SCRIPTS[script]))
+    expected = outcome(place / straight, script)
+    rng = random.Random(script)
+    for k in range(KILLS):
+        name = f"{script}-{k}"
+        for _ in range(rng.randint(1, 3)):
+            arguments = arguments_to_go_on(place / name, script)
+            process = start(place, script, name, *arguments)
+            number = rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+            after = rng.uniform(0, seconds)
+            time.sleep(after)
+            process.send_signal(number)
+            if number == signal.SIGINT and rng.random() < 0.3:
+                time.sleep(rng.uniform(0, 0.5))
+                process.send_signal(number)  # Impatient.
+            _, error = process.communicate()
+            what = f"{name}: {number.name} after {after:.2f} s: {error}"
+            print(what)
+            allowed = {0, -number, 130} - {130 if number == signal.SIGKILL else None}
+            assert process.returncode in allowed, what
+            # While Python imports, it is not yet ours to say a line.
+            assert "Traceback" not in error or "import" in error, what
+        arguments = arguments_to_go_on(place / name, script)
+        process = start(place, script, name, *arguments)
+        finish(process)
+        found = outcome(place / name, script)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+        shutil.rmtree(place / name)
