@@ -6,24 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from measuring import ROOT
+from pretraining.table import format_table
 
 DEFAULT = ROOT / "benchmarks" / "results"
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Returns a Markdown table of rows that all have the same columns."""
-    cells = [list(rows[0]), *([str(cell) for cell in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    cells.insert(1, ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])])
-    return "\n".join(
-        "| "
-        + " | ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        + " |"
-        for line in cells
-    )
+    cells = [list(rows[0]), *(row.values() for row in rows)]
+    return format_table(cells, "<" + ">" * (len(rows[0]) - 1), markdown=True)
 
 
 def write(

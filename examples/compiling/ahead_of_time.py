@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from compiling.collectives import Collective, collectives
 from compiling.topologies import GIB, Target
+from pretraining.table import format_table
 from pretraining.task import Task
 from pretraining.training import devices
 from pretraining.training.step import TrainState, make_train_step, state_shapes
@@ -55,25 +56,25 @@ class Report:
 
     def __str__(self) -> str:
         """Returns a table."""
-        lines = [f"{'memory per chip':<28}      GiB"]
-        lines += [f"  {k:<26} {v / GIB:>8.3f}" for k, v in self.memory.items()]
-        lines += [f"  {'total':<26} {self.total / GIB:>8.3f}"]
-        lines += [f"  {'available':<26} {self.available / GIB:>8.3f}"]
+        memory = {**self.memory, "total": self.total, "available": self.available}
+        rows = [("memory per chip", "GiB")]
+        rows += [(f"  {name}", f"{size / GIB:.3f}") for name, size in memory.items()]
+        tables = [format_table(rows, "<>")]
         if not self.fits:
             excess = (self.total - self.available) / GIB
-            lines += ["", f"Out of memory, by {excess:.2f} GiB per chip"]
-            return "\n".join(lines)
+            return f"{tables[0]}\n\nOut of memory, by {excess:.2f} GiB per chip"
         groups = collections.defaultdict(list)
         for collective in self.collectives:
             groups[collective.kind].append(collective)
-        lines += ["", f"{'collectives per step':<28}    times       MiB per chip"]
+        sent = [("collectives per step", "times", "MiB per chip")]
         for kind, group in sorted(groups.items()):
             times = sum(c.times for c in group)
             size = sum(c.bytes for c in group) / 2**20
-            lines.append(f"  {kind:<26} {times:>8,} {size:>18,.2f}")
+            sent.append((f"  {kind}", f"{times:,}", f"{size:,.2f}"))
         if not groups:
-            lines.append("  none")
-        return "\n".join([*lines, "", f"compiled in {self.seconds:.0f} s"])
+            sent.append(("  none", "", ""))
+        tables.append(format_table(sent, "<>>"))
+        return "\n\n".join([*tables, f"compiled in {self.seconds:.0f} s"])
 
 
 def compile_train_step(

@@ -97,14 +97,14 @@ def test_report_says_what_is_used_and_whether_it_fits():
     assert report.fits
     assert str(report) == textwrap.dedent(
         """\
-        memory per chip                   GiB
-          parameters                    0.500
-          temporaries                   3.000
-          total                         3.500
-          available                    16.000
+        memory per chip     GiB
+          parameters      0.500
+          temporaries     3.000
+          total           3.500
+          available      16.000
 
-        collectives per step            times       MiB per chip
-          all-reduce                        6               9.00
+        collectives per step  times  MiB per chip
+          all-reduce              6          9.00
 
         compiled in 61 s"""
     )

@@ -143,6 +143,7 @@ def test_parameters_and_state_are_split(sizes, kernel, joining, embedding):
 
 def test_mesh_takes_what_is_given_and_data_the_rest():
     assert devices.make_mesh().shape == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert devices.mesh_sizes("auto") == {}  # Takes back one given before.
     given = devices.mesh_sizes("fsdp=2,tensor=2")
     assert devices.make_mesh(given).shape == {"data": 2, "fsdp": 2, "tensor": 2}
     chex.assert_equal(devices.data_part(devices.make_mesh(given)), (0, 1))
@@ -192,3 +193,29 @@ def test_scattered_processes_are_refused(monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 0)
     with pytest.raises(UserError, match="must be neighbours"):
         devices.data_part(FakeMesh([0, 0, 1, 1, 0, 0, 1, 1]))
+
+
+@pytest.mark.parametrize(
+    ("environment", "joins"),
+    [
+        ({"SLURM_NTASKS": "4"}, False),  # A shell that salloc opened.
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, False),
+        (
+            {
+                "SLURM_NTASKS": "4",
+                "SLURM_PROCID": "0",
+                "SLURM_LOCALID": "0",
+                "SLURM_STEP_NODELIST": "node",
+            },
+            True,
+        ),
+    ],
+    ids=["salloc", "sbatch", "srun"],
+)
+def test_only_tasks_of_srun_join_each_other(monkeypatch, environment, joins):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda: calls.append(1))
+    devices.connect()
+    assert len(calls) == joins
