@@ -134,7 +134,8 @@ def run_in_turn(
     """Runs each job that there is time for in a process of its own."""
     for job in jobs:
         left = deadline - time.monotonic()
-        seconds = min(job.seconds, left)
+        # What only tries the code may be slow.
+        seconds = left if size == "nano" else min(job.seconds, left)
         record = recorder.Recorder(path, job.name, size)
         if seconds < job.seconds / 3:
             record.write(skipped=f"{max(left, 0):.0f} s are left of the budget")

@@ -78,7 +78,7 @@ def test_a_job_that_dies_or_hangs_costs_only_itself(record, monkeypatch):
     names = {"hangs": 20, "dies": 20, "works": 20, "long": 100}
     jobs = [accelerator.Job(name, "", seconds) for name, seconds in names.items()]
     path = record("").path
-    accelerator.run_in_turn(jobs, path, "nano", 30.0, {"FOR_ALL": "1"})
+    accelerator.run_in_turn(jobs, path, "full", 30.0, {"FOR_ALL": "1"})
     hangs, dies, long = read(path)
     assert (hangs["job"], hangs["failed"]) == ("hangs", "ended after 20 s")
     assert (dies["job"], dies["failed"]) == ("dies", "exit code -9")
