@@ -92,8 +92,8 @@ def scale_by_came(
         or None.
 
     Returns:
-      A transformation whose updates have the parameters' dtype (without ``params``:
-      the gradients').
+      A transformation whose updates have the parameters' dtype (the gradients', without
+      ``params``).
 
     Raises:
       ValueError: an argument or a leaf's axes are out of range.
@@ -194,8 +194,8 @@ def came(
         before learning rate and weight decay; > 0, or None.
 
     Returns:
-      The optimizer. Its updates have the parameters' dtype (without ``params``: the
-      gradients').
+      The optimizer. Its updates have the parameters' dtype (the gradients', without
+      ``params``).
 
     Raises:
       ValueError: an argument or a leaf's axes are out of range.

@@ -20,6 +20,9 @@ extensions = [
     "sphinx.ext.autosummary",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx-mathjax-offline",  # MathJax as a part of the site, not of a CDN's.
+    "sphinx_copybutton",
 ]
 exclude_patterns = ["_build", "results"]
 templates_path = ["_templates"]
@@ -40,7 +43,10 @@ html_theme = "sphinx_book_theme"
 html_title = "came-optax"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
-html_theme_options = {"navbar_persistent": []}
+html_favicon = "_static/favicon.svg"
+html_theme_options = {"navbar_persistent": [], "show_navbar_depth": 1}
+
+copybutton_exclude = ".linenos, .gp, .go"
 
 _api = (pathlib.Path(__file__).parent / "api.md").read_text(encoding="utf-8")
 _listed = set(re.findall(r"^   (\w+)$", _api, flags=re.M))

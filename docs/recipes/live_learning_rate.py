@@ -16,5 +16,7 @@ before, state = update(grads, state, params)
 state.hyperparams["learning_rate"] = jnp.asarray(1e-3, jnp.float32)
 after, state = update(grads, state, params)
 print(before["kernel"][0, 0], after["kernel"][0, 0])
+
+# The tests hold this.
 assert update._cache_size() == 1
 assert jnp.abs(after["kernel"]).max() < jnp.abs(before["kernel"]).max() / 5

@@ -27,5 +27,6 @@ with (
     like = jax.eval_shape(lambda: {"params": params, "opt_state": tx.init(params)})
     restored = checkpointer.restore(path, like)
 
+# The tests hold this.
 assert jax.tree.structure(restored) == jax.tree.structure(training)
 assert jax.tree.all(jax.tree.map(jnp.array_equal, restored, training))

@@ -23,4 +23,6 @@ tx = optax.partition(
 state = tx.init(params)
 updates, state = jax.jit(tx.update)(params, state, params)
 params = optax.apply_updates(params, updates)
+
+# The tests hold this.
 assert jax.tree.structure(updates) == jax.tree.structure(params)

@@ -62,6 +62,8 @@ params, state = init()
 for name in "v_row", "v_col":
     statistic = optax.tree.get(state, name)["layer"]["query"]["kernel"]
     print(name, statistic.shape, statistic.sharding.spec)
+
+# The tests hold this.
 assert (
     optax.tree.get(state, "v_row")["layer"]["query"]["kernel"].sharding.spec[0]
     == "fsdp"

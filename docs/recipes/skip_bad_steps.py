@@ -19,6 +19,8 @@ good = {"kernel": jnp.ones((16, 8))}
 bad = {"kernel": jnp.full((16, 8), jnp.nan)}
 _, state = update(good, state, params)
 updates, after_bad = update(bad, state, params)
+
+# The tests hold this.
 assert not updates["kernel"].any()
 assert after_bad.total_notfinite == 1
 assert jax.tree.all(

@@ -21,4 +21,6 @@ def step(params, state, average_state, grads):
 
 for _ in range(10):
     params, state, averaged, average_state = step(params, state, average_state, params)
+
+# The tests hold this.
 assert (averaged["kernel"] > params["kernel"]).all()  # It lags behind.

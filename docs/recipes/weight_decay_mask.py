@@ -18,5 +18,7 @@ def is_kernel(params):
 tx = steady_came(1e-2, weight_decay=0.1, weight_decay_mask=is_kernel)
 zeros = jax.tree.map(jnp.zeros_like, params)
 updates, _ = tx.update(zeros, tx.init(params), params)
+
+# The tests hold this.
 assert jnp.allclose(updates["dense"]["kernel"], -1e-3)  # lr · weight decay · parameter
 assert not updates["dense"]["bias"].any() and not updates["embedding"].any()
