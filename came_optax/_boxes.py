@@ -1,8 +1,9 @@
-"""Parameters in Flax's boxes, which say along which mesh axes an array is sharded.
+"""Parameters in boxes, which say along which mesh axes an array is sharded.
 
-Linen's ``nn.Partitioned`` and NNX's variables are pytree nodes around one array that
-name each of its axes. A statistic has fewer axes than its parameter, so that its box
-must name fewer. Boxes are known by their methods, as this package does without Flax.
+Linen's ``nn.Partitioned``, NNX's variables and Haliax's ``NamedArray`` are pytree nodes
+around one array that name each of its axes. A statistic has fewer axes than its
+parameter, so that its box must name fewer. Boxes are known by their methods, as this
+package does without Flax and Haliax.
 """
 
 import dataclasses
@@ -72,8 +73,12 @@ def _is_nnx_variable(x: Any) -> bool:
     return hasattr(x, "get_metadata") and hasattr(x, "replace")
 
 
+def _is_named_array(x: Any) -> bool:
+    return hasattr(x, "resolve_axis") and hasattr(x, "axes")
+
+
 def _is_box(x: Any) -> bool:
-    is_box = _is_linen_box(x) or _is_nnx_variable(x)
+    is_box = _is_linen_box(x) or _is_nnx_variable(x) or _is_named_array(x)
     return is_box and len(jax.tree.leaves(x)) == 1
 
 
@@ -94,8 +99,24 @@ def _rebox(box: Any, x: jax.Array, axes: PartitionSpec) -> Any:
         is_spec = isinstance(names, PartitionSpec)
         return PartitionSpec(*kept) if is_spec else tuple(kept)
 
+    if _is_named_array(box):
+        return _named(box, x, axes)
     if _is_linen_box(box):
         return dataclasses.replace(box, value=x, names=pick(box.names))
     metadata = box.get_metadata()
     names = {name: metadata[name] for name in _NNX_NAMES if metadata.get(name)}
     return box.replace(x, **{name: pick(value) for name, value in names.items()})
+
+
+def _named(box: Any, x: jax.Array, axes: PartitionSpec) -> Any:
+    """Returns a ``NamedArray`` of some axes, but placeholders as they are."""
+    numbers = [int(a) for a in axes if a]
+    if x.ndim == len(box.axes) and x.size > 1:  # Codes too, with one axis halved.
+        numbers = [*range(x.ndim)]
+    if len(numbers) != x.ndim:
+        return x
+    sized = (
+        dataclasses.replace(box.axes[number], size=size)
+        for number, size in zip(numbers, x.shape, strict=True)
+    )
+    return dataclasses.replace(box, array=x, axes=tuple(sized))
