@@ -93,11 +93,12 @@ def check_array(
         names = " or ".join(str(jnp.dtype(d)) for d in allowed)
         raise TypeError(
             f"{name} of leaf {path_name(path)!r} has dtype {x.dtype}; for {like.dtype} "
-            f"updates and {why} it must be {names} (was the state made with other "
-            "options, or cast when saved or restored?)"
+            f"updates and {why} it must be {names} (was it cast when saved or "
+            "restored? a state made with other options is taken over by convert_state)"
         )
     if x.shape != shape:
         raise ValueError(
             f"{name} of leaf {path_name(path)!r} has shape {x.shape}; for updates of "
-            f"shape {like.shape} and {why} it must be {shape}"
+            f"shape {like.shape} and {why} it must be {shape} (a state made with other "
+            "options is taken over by convert_state)"
         )

@@ -164,7 +164,7 @@ def check_params(params: Any, updates: Any) -> None:
 def check_state(state: Any, cls: type, made_by: str) -> None:
     """Raises unless ``state`` is a ``cls``."""
     if not isinstance(state, cls):
-        hint = ""
+        hint = "; convert_state takes over Adam's, and other options'"
         if type(state) in (tuple, list, dict):
             hint = (
                 "; restore checkpoints into what init makes, and finish runs of "

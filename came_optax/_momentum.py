@@ -71,8 +71,8 @@ def check(
         if isinstance(stored, Codes):
             raise TypeError(
                 f"mu of leaf {path_name(path)!r} is codes; for {like.dtype} updates of "
-                f"shape {like.shape} and {why} it must be an array (was the state made "
-                "with another mu_dtype?)"
+                f"shape {like.shape} and {why} it must be an array (a state made with "
+                "another mu_dtype is taken over by convert_state)"
             )
         dtype = _array_dtype(like, mu_dtype)
         check_array("mu", path, stored, like.shape, dtype, like, why)
@@ -81,7 +81,8 @@ def check(
         raise TypeError(
             f"mu of leaf {path_name(path)!r} has dtype {stored.dtype}; for updates of "
             f"shape {like.shape} and {why} it must be Codes(values, row_scale, "
-            "col_scale) (was the state made with another mu_dtype?)"
+            "col_scale) (a state made with another mu_dtype is taken over by "
+            "convert_state)"
         )
     shape, dtype = like.shape, jnp.int8
     if mu_dtype == "int4":

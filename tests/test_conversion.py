@@ -1,0 +1,332 @@
+"""A running job goes on under another optimizer, momentum dtype, rule or mesh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from came_optax import (
+    BalancedSplit,
+    LargestTwoAxes,
+    LastTwoAxes,
+    Stacked,
+    came,
+    convert_state,
+    state_sharding,
+    steady_came,
+)
+
+
+@pytest.fixture(autouse=True)
+def promotion():
+    """Optax's Adam promotes."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+SCHEDULE = optax.linear_schedule(0.0, 1e-2, 100)
+SHAPES = {"bias": (96,), "kernel": (80, 96), "query": (4, 32, 4, 16), "long": (5000,)}
+
+
+def make_params(dtype="float32"):
+    keys = jax.random.split(jax.random.key(0), len(SHAPES))
+    return {
+        name: jax.random.normal(key, shape, dtype)
+        for key, (name, shape) in zip(keys, SHAPES.items(), strict=True)
+    }
+
+
+@jax.jit
+def gradients(params, step):
+    """Noise, and a part that stays the same."""
+    key = jax.random.fold_in(jax.random.key(1), step)
+    return jax.tree.map(
+        lambda p: (0.5 * p + jax.random.normal(key, p.shape)).astype(p.dtype), params
+    )
+
+
+def train(tx, state, params, steps):
+    update = jax.jit(tx.update)
+    for step in steps:
+        updates, state = update(gradients(params, step), state, params)
+    return updates, state
+
+
+def cosine(x, y):
+    return float(jnp.vdot(x, y) / jnp.linalg.norm(x) / jnp.linalg.norm(y))
+
+
+@pytest.mark.parametrize(
+    ("mu_dtype", "new_dtype"),
+    [
+        ("float32", "bfloat16"),
+        ("float32", "int8"),
+        ("bfloat16", "int4"),
+        ("int8", "float32"),
+        ("int8", "int4"),
+        ("int4", "bfloat16"),
+    ],
+)
+def test_momentum_in_other_dtypes(mu_dtype, new_dtype):
+    params = make_params()
+    old, new = (steady_came(SCHEDULE, mu_dtype=name) for name in (mu_dtype, new_dtype))
+    _, state = train(old, old.init(params), params, range(5))
+    converted = convert_state(state, params, old=old, new=new)
+    for x, like in zip(
+        jax.tree.leaves(converted), jax.tree.leaves(new.init(params)), strict=True
+    ):
+        assert (x.shape, x.dtype) == (like.shape, like.dtype)
+    for name in ("v_row", "v_col", "v", "s_row", "s_col"):
+        for x, y in zip(
+            jax.tree.leaves(getattr(converted[0], name)),
+            jax.tree.leaves(getattr(state[0], name)),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(x, y)
+    assert all(count == 5 for count in counts(converted))
+    expected, _ = train(old, state, params, range(5, 6))
+    updates, _ = train(new, converted, params, range(5, 6))
+    least = 0.98 if "int4" in (mu_dtype, new_dtype) else 0.999
+    for name in params:
+        assert cosine(updates[name], expected[name]) > least, name
+
+
+def counts(state):
+    return [
+        x
+        for path, x in jax.tree.leaves_with_path(state)
+        if jax.tree_util.keystr(path).endswith("count")
+    ]
+
+
+def test_the_same_optimizer_changes_nothing():
+    params = make_params()
+    tx = steady_came(SCHEDULE, mu_dtype="int4", factoring=BalancedSplit())
+    _, state = train(tx, tx.init(params), params, range(3))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        convert_state(state, params, old=tx, new=tx),
+        state,
+    )
+
+
+RULES = [
+    LastTwoAxes(),
+    BalancedSplit(),
+    Stacked(BalancedSplit(), where="query"),
+]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_statistics_of_a_product_stay_what_they_are(rule):
+    """Where |g|² is of rank 1 whichever matrix is read, nothing is lost."""
+    params = {"query": jnp.ones((4, 8, 4, 16))}
+    g = jax.tree.map(
+        lambda x, i: x * i, params, {"query": jnp.arange(1.0, 17)[None, None, None]}
+    )
+    old, new = (came(1e-3, factoring=r) for r in (LastTwoAxes(), rule))
+    _, state = old.update(g, old.init(params), params)
+    _, expected = new.update(g, new.init(params), params)
+    converted = convert_state(state, params, old=old, new=new)
+    for name in ("v_row", "v_col", "s_row", "s_col"):
+        x, y = (getattr(s[0], name)["query"] for s in (converted, expected))
+        np.testing.assert_allclose(x, y, rtol=1e-5)
+
+
+def test_a_leaf_that_becomes_a_matrix_has_the_others_instability():
+    params = make_params()
+    small = steady_came(SCHEDULE, factoring=LargestTwoAxes(64))  # Not the query.
+    new = steady_came(SCHEDULE)
+    _, state = train(small, small.init(params), params, range(50))
+    assert state[0].s_row["query"].shape == (1,)
+    converted = convert_state(state, params, old=small, new=new)
+    rows = state[0].s_row["kernel"].mean()
+    np.testing.assert_allclose(converted[0].s_row["query"], rows, rtol=1e-5)
+    expected, _ = train(small, state, params, range(50, 51))
+    updates, _ = train(new, converted, params, range(50, 51))
+    ratio = jnp.linalg.norm(updates["query"]) / jnp.linalg.norm(expected["query"])
+    assert 0.5 < ratio < 1.5
+    back = convert_state(converted, params, old=new, new=small)
+    np.testing.assert_allclose(
+        back[0].v["query"].mean(), state[0].v["query"].mean(), rtol=1e-5
+    )
+
+
+ADAMS = {
+    "adamw": lambda: optax.adamw(SCHEDULE, b2=0.95),
+    "bfloat16": lambda: optax.adamw(SCHEDULE, b2=0.95, mu_dtype="bfloat16"),
+    "chain": lambda: optax.chain(
+        optax.clip_by_global_norm(1.0), optax.nadamw(SCHEDULE, b2=0.95)
+    ),
+    "injected": lambda: optax.inject_hyperparams(optax.adamw)(SCHEDULE, b2=0.95),
+    "accumulated": lambda: optax.MultiSteps(optax.adamw(SCHEDULE, b2=0.95), 1),
+}
+
+
+@pytest.mark.parametrize(
+    ("adam", "mu_dtype"), [*((adam, "int8") for adam in ADAMS), ("adamw", "float32")]
+)
+def test_adam(adam, mu_dtype):
+    """After it has averaged for long enough, CAME goes where Adam would have gone."""
+    params = make_params()
+    old = ADAMS[adam]()
+    new = steady_came(SCHEDULE, mu_dtype=mu_dtype)
+    _, state = train(old, old.init(params), params, range(100))
+    converted = jax.jit(lambda s, p: convert_state(s, p, old=old, new=new))(
+        state, params
+    )
+    assert optax.tree.get(converted[1:], "count") == 100
+    expected, _ = train(old, state, params, range(100, 101))
+    updates, _ = train(new, converted, params, range(100, 101))
+    for name in params:
+        assert cosine(updates[name], expected[name]) > 0.95, name
+        ratio = jnp.linalg.norm(updates[name]) / jnp.linalg.norm(expected[name])
+        assert 0.8 < ratio < 1.3, name
+
+
+def test_no_jump_in_a_training_run():
+    """The loss of a regression goes on falling where AdamW had brought it."""
+    key = jax.random.key(2)
+    x = jax.random.normal(key, (256, 64))
+    y = jnp.tanh(x @ jax.random.normal(jax.random.key(3), (64, 32)) / 8)
+    params = {"a": jax.random.normal(key, (64, 128)) / 8, "b": jnp.zeros((128, 32))}
+
+    def loss_fn(params):
+        return jnp.mean((jnp.tanh(x @ params["a"]) @ params["b"] - y) ** 2)
+
+    def fit(tx, state, params, steps):
+        def step(carry, _):
+            params, state = carry
+            loss, grads = jax.value_and_grad(loss_fn)(params)
+            updates, state = tx.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), loss
+
+        return jax.jit(lambda *c: jax.lax.scan(step, c, None, steps))(params, state)
+
+    adamw = optax.adamw(optax.linear_schedule(0.0, 3e-3, 50))
+    new = steady_came(optax.linear_schedule(0.0, 3e-3, 50), mu_dtype="int8")
+    (params, state), before = fit(adamw, adamw.init(params), params, 100)
+    state = convert_state(state, params, old=adamw, new=new)
+    _, after = fit(new, state, params, 100)
+    assert after.max() <= 1.02 * before[-1]
+    assert after[-1] < 0.7 * before[-1]
+
+
+def test_accumulated_gradients_go_on():
+    params = make_params()
+    old, new = (
+        optax.MultiSteps(steady_came(1e-3, mu_dtype=dtype), 4)
+        for dtype in ("float32", "int8")
+    )
+    _, state = train(old, old.init(params), params, range(6))
+    converted = convert_state(state, params, old=old, new=new)
+    assert (converted.mini_step, converted.gradient_step) == (2, 1)
+    jax.tree.map(np.testing.assert_array_equal, converted.acc_grads, state.acc_grads)
+
+
+def test_injected_hyperparameters_are_the_new_ones():
+    params = make_params()
+    old = optax.inject_hyperparams(optax.adamw)(1e-2, b2=0.99)
+    new = optax.inject_hyperparams(steady_came)(2e-3)
+    _, state = train(old, old.init(params), params, range(2))
+    converted = convert_state(state, params, old=old, new=new)
+    assert float(converted.hyperparams["b2"]) == pytest.approx(0.95)
+    assert float(converted.hyperparams["learning_rate"]) == pytest.approx(2e-3)
+    assert converted.count == 2
+
+
+def test_masked_parameters():
+    params = make_params()
+    mask = {name: name != "query" for name in params}
+    old = optax.masked(optax.adamw(1e-3), mask)
+    new = optax.masked(steady_came(1e-3), mask)
+    _, state = train(old, old.init(params), params, range(3))
+    converted = convert_state(state, params, old=old, new=new)
+    assert jax.tree.structure(converted) == jax.tree.structure(new.init(params))
+    mu, nu = (state.inner_state[0]._asdict()[name]["bias"] for name in ("mu", "nu"))
+    m = mu / jnp.sqrt(nu)
+    m = m / jnp.maximum(1, jnp.sqrt(jnp.mean(m**2)))
+    np.testing.assert_allclose(converted.inner_state[0].mu["bias"], m, rtol=1e-5)
+
+
+def test_on_another_mesh():
+    params = make_params()
+    old, new = steady_came(1e-3), steady_came(1e-3, mu_dtype="int8")
+    _, state = train(old, old.init(params), params, range(3))
+    mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    shardings = {name: NamedSharding(mesh, P()) for name in params}
+    shardings["kernel"] = NamedSharding(mesh, P("fsdp", "tensor"))
+    converted = jax.jit(
+        lambda state, params: convert_state(state, params, old=old, new=new),
+        out_shardings=state_sharding(new, params, shardings),
+    )(state, jax.device_put(params, shardings))
+    assert converted[0].mu["kernel"].values.sharding.spec == P("fsdp", "tensor")
+    assert converted[0].v_col["kernel"].sharding.spec == P("tensor")
+    expected = convert_state(state, params, old=old, new=new)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), converted, expected
+    )
+
+
+def test_flax_boxes():
+    boxed = {"kernel": nn.Partitioned(jnp.ones((80, 96)), ("fsdp", "tensor"))}
+    old, new = optax.adamw(1e-3), steady_came(1e-3, mu_dtype="int8")
+    converted = convert_state(old.init(boxed), boxed, old=old, new=new)
+    assert jax.tree.structure(converted) == jax.tree.structure(new.init(boxed))
+    model = nnx.Linear(80, 96, rngs=nnx.Rngs(0))
+    state = nnx.state(model, nnx.Param)
+    converted = convert_state(old.init(state), state, old=old, new=new)
+    assert jax.tree.structure(converted) == jax.tree.structure(new.init(state))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "state_of", "message"),
+    [
+        (optax.adamw(1e-3), came(1e-3), came(1e-3), "not one of old: it is structured"),
+        (optax.sgd(1e-3), came(1e-3), None, "got 1 and 0"),
+        (came(1e-3), optax.adamw(1e-3), None, "new must be .*scale_by_came"),
+        (
+            came(1e-3, factoring=BalancedSplit()),
+            came(1e-3),
+            came(1e-3),
+            "not one of old: '.*query' has shape",
+        ),
+        (
+            optax.masked(came(1e-3), {name: name == "bias" for name in SHAPES}),
+            came(1e-3),
+            None,
+            "leaf 'kernel' is in the state of new but not in the state of old",
+        ),
+    ],
+    ids=["other structure", "sgd", "to adam", "other rule", "other leaves"],
+)
+def test_errors(old, new, state_of, message):
+    params = make_params()
+    state = (state_of or old).init(params)
+    with pytest.raises(ValueError, match=message):
+        convert_state(state, params, old=old, new=new)
+
+
+@pytest.mark.parametrize(
+    "old",
+    [
+        optax.adamw(1e-3),
+        came(1e-3, mu_dtype="int8"),
+        came(1e-3, mu_dtype="bfloat16"),
+        came(1e-3, factoring=BalancedSplit()),
+    ],
+    ids=["adamw", "int8", "bfloat16", "rule"],
+)
+def test_refused_states_name_what_to_do(old):
+    params = make_params()
+    with pytest.raises((TypeError, ValueError), match="convert_state"):
+        came(1e-3).update(params, old.init(params), params)
+    with pytest.raises((TypeError, ValueError), match="convert_state"):
+        came(1e-3, mu_dtype="int8", factoring=Stacked()).update(
+            params, old.init(params), params
+        )
