@@ -1,5 +1,7 @@
 """CAME, composed of its two halves."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -62,7 +64,7 @@ def scale_by_came(
     eps2: jax.typing.ArrayLike = 1e-16,
     clipping_threshold: jax.typing.ArrayLike | None = 1.0,
     *,
-    factoring: FactoringRule = LastTwoAxes(),
+    factoring: FactoringRule | str = LastTwoAxes(),
     mu_dtype: MuDtype = None,
     nesterov: bool = False,
     bias_correction: bool = False,
@@ -81,7 +83,7 @@ def scale_by_came(
       eps1: added to the squared gradient, :math:`\varepsilon_1`; ≥ 1e-30.
       eps2: added to the instability, :math:`\varepsilon_2`; ≥ 1e-30.
       clipping_threshold: largest root mean square of u, :math:`d`; > 0, or None.
-      factoring: which axes of each leaf are rows and columns.
+      factoring: which axes of each leaf are rows and columns: a rule, or its repr.
       mu_dtype: how momentum is stored: ``"float32"``, ``"bfloat16"``, ``"int8"`` or
         ``"int4"``.
       nesterov: the update takes :math:`\beta_1 m + (1 - \beta_1) u` for :math:`m`, as
@@ -133,7 +135,7 @@ def came(
     weight_decay: float | jax.Array = 0.0,
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
-    factoring: FactoringRule = LastTwoAxes(),
+    factoring: FactoringRule | str = LastTwoAxes(),
     mu_dtype: MuDtype = None,
     nesterov: bool = False,
     bias_correction: bool = False,
@@ -182,7 +184,7 @@ def came(
         rate; if not 0, ``update`` needs ``params``.
       weight_decay_mask: a tree of bools (or a function from parameters to one) that is
         True where weight decay applies, as in ``optax.add_decayed_weights``.
-      factoring: which axes of each leaf are rows and columns.
+      factoring: which axes of each leaf are rows and columns: a rule, or its repr.
       mu_dtype: how momentum is stored: ``"float32"`` (float64 for float64 parameters),
         ``"bfloat16"``, ``"int8"`` or ``"int4"``; in 8 and 4 bits with a scale for each
         row and column, and float32 in leaves of fewer than 4096 elements.
@@ -255,7 +257,7 @@ def steady_came(
     weight_decay: float | jax.Array = 0.0,
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
-    factoring: FactoringRule = LastTwoAxes(),
+    factoring: FactoringRule | str = LastTwoAxes(),
     mu_dtype: MuDtype = None,
     nesterov: bool = True,
     bias_correction: bool = True,
@@ -331,7 +333,7 @@ def _rule(
     made_by: str,
     h: Hyperparameters,
     bias_correction: bool,
-    factoring: FactoringRule,
+    factoring: FactoringRule | str,
     mu_dtype: MuDtype,
 ) -> Rule:
     """Returns what is done to every leaf.

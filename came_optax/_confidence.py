@@ -1,5 +1,7 @@
 """The second half of CAME: momentum, and confidence in it."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import jax
@@ -40,7 +42,7 @@ def scale_by_confidence(
     b3: jax.typing.ArrayLike = 0.9999,
     eps2: jax.typing.ArrayLike = 1e-16,
     *,
-    factoring: FactoringRule = LastTwoAxes(),
+    factoring: FactoringRule | str = LastTwoAxes(),
     mu_dtype: MuDtype = None,
     nesterov: bool = False,
     bias_correction: bool = False,
@@ -65,7 +67,7 @@ def scale_by_confidence(
       b1: decay rate of the momentum, :math:`\beta_1`; 0 ≤ b1 < 1.
       b3: decay rate of the instability, :math:`\beta_3`; 0 ≤ b3 < 1.
       eps2: added to the instability, :math:`\varepsilon_2`; ≥ 1e-30.
-      factoring: which axes of each leaf are rows and columns.
+      factoring: which axes of each leaf are rows and columns: a rule, or its repr.
       mu_dtype: how momentum is stored between steps: None or float32 (float64 for
         float64 parameters), bfloat16, int8 or int4, as a dtype or its name. The step
         that stores it uses the unrounded momentum. Integers are codes with a scale for

@@ -361,12 +361,12 @@ def all_factored_by(rule: FactoringRule) -> Iterator[None]:
         _instead.reset(token)
 
 
-def factored_axes(rule: FactoringRule, tree: Any) -> Any:
+def factored_axes(rule: FactoringRule | str, tree: Any) -> Any:
     """Returns the tree of :class:`FactoredAxes` that ``rule`` gives for ``tree``.
 
     Leaves of which it would be no smaller are not factored: see :func:`_saves`.
     """
-    rule = _instead.get() or rule
+    rule = _instead.get() or as_rule(rule)
 
     def leaf_axes(path: KeyPath, leaf: Any) -> FactoredAxes:
         shape = jnp.shape(leaf)

@@ -32,7 +32,7 @@ def quantized_ema(
     nesterov: bool = False,
     debias: bool = False,
     mu_dtype: MuDtype = "int8",
-    factoring: FactoringRule = LastTwoAxes(),
+    factoring: FactoringRule | str = LastTwoAxes(),
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces updates by their moving average, stored in 8 or 4 bits.
 

@@ -56,7 +56,7 @@ class Rule(NamedTuple):
     state_type: Any
     hyperparameters: Hyperparameters
     bias_correction: bool
-    factoring: FactoringRule
+    factoring: FactoringRule | str
     mu_dtype: str = "float32"
 
 
