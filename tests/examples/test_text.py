@@ -122,6 +122,15 @@ def test_baselines_by_hand():
     )
 
 
+@pytest.mark.parametrize("part", [1, 2, 7, 49, 50])
+def test_baselines_count_in_parts(part: int, monkeypatch: pytest.MonkeyPatch):
+    rng = np.random.default_rng(0)
+    texts = rng.integers(5, size=50, dtype=np.uint16), rng.integers(6, size=20)
+    whole = baselines.cross_entropies(*texts, 6)
+    monkeypatch.setattr(baselines, "PART", part)
+    assert baselines.cross_entropies(*texts, 6) == whole
+
+
 def test_bigram_probabilities_sum_to_one():
     train = np.random.default_rng(0).integers(5, size=50)
     for before in range(6):  # 5 was never seen.
