@@ -33,7 +33,8 @@ nb_execution_raise_on_error = True
 nb_execution_timeout = 600  # seconds
 
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented_params"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
