@@ -115,11 +115,39 @@ def test_the_same_optimizer_changes_nothing():
     )
 
 
-RULES = [
+LAST, BALANCED, _ = RULES = [
     LastTwoAxes(),
     BalancedSplit(),
     Stacked(BalancedSplit(), where="query"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("rule", "new_rule", "mu_dtype"),
+    [
+        (LAST, BALANCED, "float32"),
+    ],
+)
+def test_other_rules(rule, new_rule, mu_dtype):
+    params = make_params()
+    old, new = (
+        steady_came(SCHEDULE, factoring=r, mu_dtype=mu_dtype) for r in (rule, new_rule)
+    )
+    _, state = train(old, old.init(params), params, range(50))
+    converted = convert_state(state, params, old=old, new=new)
+    _, from_start = train(new, new.init(params), params, range(50))
+    for name in ("v_row", "v_col", "v", "s_row", "s_col"):
+        for leaf in params:
+            x, y = (getattr(s[0], name)[leaf] for s in (converted, from_start))
+            np.testing.assert_allclose(x.mean(), y.mean(), rtol=0.05)
+            assert jnp.median(jnp.abs(x - y)) <= 0.2 * y.mean(), (name, leaf)
+    expected, _ = train(new, from_start, params, range(50, 51))
+    updates, _ = train(new, converted, params, range(50, 51))
+    for name in params:
+        assert cosine(updates[name], expected[name]) > 0.95, name
+        np.testing.assert_allclose(
+            jnp.linalg.norm(updates[name]), jnp.linalg.norm(expected[name]), rtol=0.05
+        )
 
 
 @pytest.mark.parametrize("rule", RULES)
