@@ -80,7 +80,7 @@ def run(
         (["--seed", "9" * 30], "is not a whole number from 0 to 2,147,483,647"),
         (["--steps", "9" * 30], "is not a whole number from 1 to 2,147,483,647"),
         (["--vocab-size", "2000000"], "is not a whole number from 1 to 1,000,000"),
-        (["--prompt", "So long a text"], "--prompt: has 13 tokens, its start included"),
+        (["--prompt", "So long a text"], "its start included; must have 8 at most"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
