@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import chex
+import equinox as eqx
 import flax.serialization
 import jax
 import jax.numpy as jnp
@@ -29,11 +30,13 @@ OPTIMIZERS: dict[str, optax.GradientTransformationExtraArgs] = {
         mu_dtype="bfloat16",
         bias_correction=True,
     ),
+    "int8": came(1e-2, mu_dtype="int8"),
+    "int4": came(1e-2, mu_dtype="int4", factoring=BalancedSplit()),
     "injected": optax.inject_hyperparams(came)(1e-2),
     "guarded": optax.apply_if_finite(came(1e-2), max_consecutive_errors=3),
 }
 PARAMS = {
-    "kernel": jax.random.normal(jax.random.key(0), (2, 4, 3)),
+    "kernel": jax.random.normal(jax.random.key(0), (2, 48, 46)),
     "bias": jnp.linspace(-1.0, 1.0, 3),
     "none": None,
 }
@@ -51,6 +54,11 @@ def flax_round_trip(state: Any, target: Any, folder: pathlib.Path) -> Any:
     return flax.serialization.from_bytes(target, (folder / "state").read_bytes())
 
 
+def equinox_round_trip(state: Any, target: Any, folder: pathlib.Path) -> Any:
+    eqx.tree_serialise_leaves(folder / "state.eqx", state)
+    return eqx.tree_deserialise_leaves(folder / "state.eqx", target)
+
+
 def trained(tx: optax.GradientTransformationExtraArgs) -> Any:
     """Returns a state after two steps."""
     update, state = jax.jit(tx.update), tx.init(PARAMS)
@@ -66,7 +74,9 @@ def rounded(state: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("round_trip", [orbax_round_trip, flax_round_trip])
+@pytest.mark.parametrize(
+    "round_trip", [orbax_round_trip, flax_round_trip, equinox_round_trip]
+)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_next_step_is_identical(
     name: str, round_trip: Callable[..., Any], tmp_path: pathlib.Path
