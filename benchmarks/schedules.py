@@ -12,10 +12,11 @@ compiled update:
 """
 
 import argparse
+import contextlib
 import pathlib
 import statistics
+from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +25,13 @@ from measuring import output, updates
 from measuring.chips import CHIPS, target
 from update import BASELINE, JaxUpdate, ratios, time_in_turn
 
-from came_optax import _schedules
 from pretraining.models import gpt2
 
 TAKES = ("bytes/parameter", "temporaries (MB)", "compiled in (CPU s)")
-SCHEDULES = {"plain": {}, "own": dict(_schedules.BY_PLATFORM)}
+SCHEDULES: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
+    "plain": updates.plain,
+    "own": contextlib.nullcontext,
+}
 MU_DTYPES = ("float32", "bfloat16", "int8", "int4")
 
 
@@ -36,8 +39,8 @@ def compiled(chip: str, params: Any, mu_dtype: str) -> list[dict[str, Any]]:
     """Counts the bytes of the update by each schedule."""
     device = target(chip).devices[0]
     rows = []
-    for name, by_platform in SCHEDULES.items():
-        with mock.patch.object(_schedules, "BY_PLATFORM", by_platform):
+    for name, schedule in SCHEDULES.items():
+        with schedule():
             found = measure(updates.OPTIMIZERS[f"CAME, {mu_dtype}"](), params, device)
         rows.append({"schedule": name} | {take: found[take] for take in TAKES})
     return rows
@@ -49,8 +52,8 @@ def timed(params: Any, mu_dtype: str, rounds: int) -> list[dict[str, Any]]:
     contestants: dict[str, Any] = {
         BASELINE: JaxUpdate(updates.OPTIMIZERS[BASELINE](), grads)
     }
-    for name, by_platform in SCHEDULES.items():
-        with mock.patch.object(_schedules, "BY_PLATFORM", by_platform):
+    for name, schedule in SCHEDULES.items():
+        with schedule():
             tx = updates.OPTIMIZERS[f"CAME, {mu_dtype}"]()
             contestants[name] = JaxUpdate(tx, grads)
     seconds = time_in_turn(contestants, rounds)

@@ -11,8 +11,7 @@ from typing import Any
 import jax
 
 from came_optax._schedules import cpu, gpu, tpu
-from came_optax._schedules.cpu import known
-from came_optax._schedules.plain import PLAIN, Schedule, Token
+from came_optax._schedules.plain import PLAIN, Schedule, Token, known
 
 BY_PLATFORM = {"cpu": cpu.CPU, "cuda": gpu.GPU, "tpu": tpu.TPU}
 

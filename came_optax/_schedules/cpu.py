@@ -17,7 +17,7 @@ from jax import Array
 from came_optax import _algorithm as algorithm
 from came_optax._algorithm import Factored, Hyperparameters, Statistic
 from came_optax._factoring import FactoredAxes
-from came_optax._schedules.plain import Schedule, Token
+from came_optax._schedules.plain import Schedule, Token, known
 
 T = TypeVar("T")
 
@@ -107,11 +107,6 @@ def apart(xs: T) -> T:
 def after(token: Token, x: Array) -> Array:
     """Returns x, not before the token is known: XLA can't know that it is False."""
     return jnp.where(token.before, 0, x)
-
-
-def known(*statistics: Array) -> Array:
-    """Returns False when the statistics, which are positive, are known."""
-    return jnp.any(jnp.stack([jnp.any(x < 0) for x in statistics]))
 
 
 def passes(m: Array, old_m: Array, u: Array, b1: Array) -> tuple[Array, Array]:

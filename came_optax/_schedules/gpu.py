@@ -11,6 +11,7 @@ from came_optax import _algorithm as algorithm
 from came_optax._algorithm import Factored, Hyperparameters
 from came_optax._factoring import FactoredAxes
 from came_optax._schedules.plain import Schedule, Token
+from came_optax._schedules.plain import two_forms as passes
 
 
 def confide(
@@ -34,13 +35,6 @@ def confide(
         s = algorithm.average(s, Factored(row, col), h.b3)
     delta = algorithm.trust(new, u, s, h, axes, t)
     return algorithm.clip(delta, h.update_clip, axes), new, s, token
-
-
-def passes(m: Array, old_m: Array, u: Array, b1: Array) -> tuple[Array, Array]:
-    """Returns the moving average of m and u in two forms; see :class:`Schedule`."""
-    del m
-    change = old_m - u
-    return old_m - (1 - b1) * change, u + b1 * change
 
 
 GPU = Schedule(confide=confide, passes=passes)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jax import Array
 
 from came_optax import _algorithm as algorithm
@@ -59,6 +60,18 @@ def passes(m: Array, old_m: Array, u: Array, b1: Array) -> tuple[Array, Array]:
     """Returns the new momentum as the row and as the column scales are to read it."""
     del old_m, u, b1
     return m, m
+
+
+def two_forms(m: Array, old_m: Array, u: Array, b1: Array) -> tuple[Array, Array]:
+    """Returns the new momentum in two forms, which XLA doesn't know to be equal."""
+    del m
+    change = old_m - u
+    return old_m - (1 - b1) * change, u + b1 * change
+
+
+def known(*statistics: Array) -> Array:
+    """Returns False when the statistics, which are positive, are known."""
+    return jnp.any(jnp.stack([jnp.any(x < 0) for x in statistics]))
 
 
 class Schedule(NamedTuple):

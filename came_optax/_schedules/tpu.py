@@ -11,8 +11,7 @@ from jax import Array
 from came_optax import _algorithm as algorithm
 from came_optax._algorithm import Factored, Hyperparameters, Statistic
 from came_optax._factoring import FactoredAxes
-from came_optax._schedules import gpu
-from came_optax._schedules.plain import Schedule, Token
+from came_optax._schedules.plain import Schedule, Token, two_forms
 
 _SMALL = 40 * 2**20  # Bytes; there are 64 MiB or more.
 
@@ -46,4 +45,4 @@ def on_chip(x: Array, never: Array) -> Array:
     return copy
 
 
-TPU = Schedule(normalize=normalize, stage=stage, passes=gpu.passes)
+TPU = Schedule(normalize=normalize, stage=stage, passes=two_forms)
