@@ -16,6 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pretraining import cli  # First, for Ctrl-C during the others.
+
+# isort: split
 from comparing import search
 from comparing.figures import draw
 from comparing.methods import (
@@ -31,7 +34,6 @@ from comparing.runs import Log
 from comparing.summary import summarize
 from comparing.table import make_tables
 from comparing.trainer import Settings, Trainer
-from pretraining import cli
 from pretraining.data import corpus
 from pretraining.errors import UserError
 from pretraining.files import write_atomically

@@ -15,11 +15,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from pretraining import cli  # First, for Ctrl-C during the others.
+
+# isort: split
 import jax
 import jax.numpy as jnp
 
 from compiling import ahead_of_time, topologies
-from pretraining import cli
 from pretraining.data.pipeline import NO_RECORDS
 from pretraining.errors import UserError
 from pretraining.models import bert, gpt2, t5

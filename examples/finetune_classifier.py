@@ -17,9 +17,11 @@ import importlib.util
 import json
 from pathlib import Path
 
+from pretraining import cli  # First, for Ctrl-C during the others.
+
+# isort: split
 from flax import nnx
 
-from pretraining import cli
 from pretraining.data import labelled
 from pretraining.data.labelled import Examples, LabelledTextOptions
 from pretraining.data.masking import PAD

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pretraining.errors import UserError
-from pretraining.training import runs
+from pretraining.training import interrupts, runs
 from pretraining.training.devices import connect
 
 
@@ -69,10 +69,13 @@ def run(main: Callable[[], None]) -> NoReturn:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
     try:
+        interrupts.raise_again()
         connect()
         main()
         sys.stdout.flush()
+        interrupts.end_quietly()
     except (Exception, KeyboardInterrupt) as error:
+        interrupts.end_quietly()
         reason = _explain(error)
         if reason is None:
             raise

@@ -5,6 +5,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from pretraining.training import metrics
+from pretraining.training.interrupts import InterruptRequest, raise_later
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "pretrain_gpt2.py"
@@ -130,3 +132,52 @@ def test_a_full_disk_keeps_what_is_saved(start):
     assert "Traceback" not in error, error
     finish(start(*again))
     assert sorted(os.listdir(start.folder / "full" / "checkpoints")) == ["20", "40"]
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["pretrain_gpt2", "compare_optimizers", "compile_for", "finetune_classifier"],
+)
+def test_ctrl_c_while_a_script_imports_is_a_line(script: str, tmp_path: Path):
+    # Stands for what takes long, and swallows what is raised in it.
+    (tmp_path / "jax.py").write_text(
+        "import os, signal\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "except BaseException:\n"
+        "    pass\n"
+    )
+    path = ROOT / "examples" / f"{script}.py"
+    process = subprocess.run(
+        [sys.executable, str(path)],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert process.stderr == f"{script}.py: interrupted\n"
+    assert process.returncode == 130
+
+
+def test_what_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with InterruptRequest() as request:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not request.received
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert request.received
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_in_a_destructor_is_not_lost(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "unraisablehook", raise_later)
+
+    class Interrupted:
+        def __del__(self) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Interrupted()
+        threading.Event().wait(60)
