@@ -1,14 +1,16 @@
-"""CAME, composed of its two halves."""
+"""CAME, as published and in the recommended setting."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from came_optax._algorithm import Hyperparameters
 from came_optax._boxes import unbox
@@ -23,6 +25,36 @@ from came_optax._checks import (
 from came_optax._factoring import FactoringRule, LastTwoAxes
 from came_optax._momentum import MuDtype, dtype_name
 from came_optax._transformation import Rule, transformation
+
+Args = ParamSpec("Args")
+Result = TypeVar("Result")
+
+# Arguments as optax.adamw, optax.adafactor and PyTorch's CAME call them.
+_CALLED_HERE = {
+    "betas": "b1, b2 and b3",
+    "clip_threshold": "clipping_threshold",
+    "dtype_momentum": "mu_dtype",
+    "eps": "eps1 and eps2",
+    "lr": "learning_rate, of came and steady_came",
+    "mask": "weight_decay_mask, of came and steady_came",
+    "weight_decay_rate": "weight_decay, of came and steady_came",
+}
+
+
+def _knows_other_names(function: Callable[Args, Result]) -> Callable[Args, Result]:
+    """Returns ``function``, which says what other optimizers' arguments are called."""
+
+    @functools.wraps(function)
+    def call(*args: Args.args, **kwargs: Args.kwargs) -> Result:
+        for name in kwargs:
+            if name in _CALLED_HERE:
+                raise TypeError(
+                    f"{function.__name__}() got an unexpected keyword argument "
+                    f"{name!r}, which is {_CALLED_HERE[name]} here"
+                )
+        return function(*args, **kwargs)
+
+    return call
 
 
 class ScaleByCameState(NamedTuple):
@@ -47,7 +79,7 @@ class ScaleByCameState(NamedTuple):
         shape without them.
     """
 
-    count: jax.typing.ArrayLike  # type: ignore[assignment]  # hides tuple.count
+    count: ArrayLike  # type: ignore[assignment]  # hides tuple.count
     v_row: optax.Updates
     v_col: optax.Updates
     v: optax.Updates
@@ -56,25 +88,27 @@ class ScaleByCameState(NamedTuple):
     s_col: optax.Updates
 
 
+@_knows_other_names
 def scale_by_came(
-    b1: jax.typing.ArrayLike = 0.9,
-    b2: jax.typing.ArrayLike = 0.999,
-    b3: jax.typing.ArrayLike = 0.9999,
-    eps1: jax.typing.ArrayLike = 1e-30,
-    eps2: jax.typing.ArrayLike = 1e-16,
-    clipping_threshold: jax.typing.ArrayLike | None = 1.0,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    b3: ArrayLike = 0.9999,
+    eps1: ArrayLike = 1e-30,
+    eps2: ArrayLike = 1e-16,
+    clipping_threshold: ArrayLike | None = 1.0,
     *,
     factoring: FactoringRule | str = LastTwoAxes(),
     mu_dtype: MuDtype = None,
     nesterov: bool = False,
     bias_correction: bool = False,
-    update_clipping_threshold: jax.typing.ArrayLike | None = None,
+    update_clipping_threshold: ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales updates by the CAME algorithm, without learning rate or weight decay.
 
-    The chain of :func:`scale_by_factored_moment`, a clip of each leaf's root mean
-    square, and :func:`scale_by_confidence`, computed in float32 (float64 for float64
-    parameters) throughout. See :func:`came` for the equations.
+    The values are those of a chain of :func:`scale_by_factored_moment`, a clip of each
+    leaf's root mean square, and :func:`scale_by_confidence`; but this is one
+    transformation, with one state, in float32 (float64 for float64 parameters)
+    throughout. See :func:`came` for the equations.
 
     Args:
       b1: decay rate of the momentum, :math:`\beta_1`; 0 ≤ b1 < 1.
@@ -124,14 +158,15 @@ def scale_by_came(
     )
 
 
+@_knows_other_names
 def came(
     learning_rate: optax.ScalarOrSchedule,
-    b1: jax.typing.ArrayLike = 0.9,
-    b2: jax.typing.ArrayLike = 0.999,
-    b3: jax.typing.ArrayLike = 0.9999,
-    eps1: jax.typing.ArrayLike = 1e-30,
-    eps2: jax.typing.ArrayLike = 1e-16,
-    clipping_threshold: jax.typing.ArrayLike | None = 1.0,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    b3: ArrayLike = 0.9999,
+    eps1: ArrayLike = 1e-30,
+    eps2: ArrayLike = 1e-16,
+    clipping_threshold: ArrayLike | None = 1.0,
     weight_decay: float | jax.Array = 0.0,
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
@@ -139,7 +174,7 @@ def came(
     mu_dtype: MuDtype = None,
     nesterov: bool = False,
     bias_correction: bool = False,
-    update_clipping_threshold: jax.typing.ArrayLike | None = None,
+    update_clipping_threshold: ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""CAME: Adam's momentum with Adafactor's memory, guided by confidence.
 
@@ -246,14 +281,15 @@ def came(
     )
 
 
+@_knows_other_names
 def steady_came(
     learning_rate: optax.ScalarOrSchedule,
-    b1: jax.typing.ArrayLike = 0.9,
-    b2: jax.typing.ArrayLike = 0.95,
-    b3: jax.typing.ArrayLike = 0.9999,
-    eps1: jax.typing.ArrayLike = 1e-30,
-    eps2: jax.typing.ArrayLike = 0.1,
-    clipping_threshold: jax.typing.ArrayLike | None = 1.0,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.95,
+    b3: ArrayLike = 0.9999,
+    eps1: ArrayLike = 1e-30,
+    eps2: ArrayLike = 0.1,
+    clipping_threshold: ArrayLike | None = 1.0,
     weight_decay: float | jax.Array = 0.0,
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
@@ -261,7 +297,7 @@ def steady_came(
     mu_dtype: MuDtype = None,
     nesterov: bool = True,
     bias_correction: bool = True,
-    update_clipping_threshold: jax.typing.ArrayLike | None = 1.0,
+    update_clipping_threshold: ArrayLike | None = 1.0,
 ) -> optax.GradientTransformationExtraArgs:
     """CAME in its recommended setting: :func:`came` with other defaults.
 

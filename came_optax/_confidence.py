@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import optax
+from jax.typing import ArrayLike
 
 from came_optax._algorithm import Hyperparameters
 from came_optax._checks import check_decay, check_epsilon, check_flag
@@ -31,16 +31,16 @@ class ScaleByConfidenceState(NamedTuple):
         shape without them.
     """
 
-    count: jax.typing.ArrayLike  # type: ignore[assignment]  # hides tuple.count
+    count: ArrayLike  # type: ignore[assignment]  # hides tuple.count
     mu: optax.Updates
     s_row: optax.Updates
     s_col: optax.Updates
 
 
 def scale_by_confidence(
-    b1: jax.typing.ArrayLike = 0.9,
-    b3: jax.typing.ArrayLike = 0.9999,
-    eps2: jax.typing.ArrayLike = 1e-16,
+    b1: ArrayLike = 0.9,
+    b3: ArrayLike = 0.9999,
+    eps2: ArrayLike = 1e-16,
     *,
     factoring: FactoringRule | str = LastTwoAxes(),
     mu_dtype: MuDtype = None,

@@ -1,5 +1,7 @@
 """A running job's state as that of another optimizer."""
 
+from __future__ import annotations
+
 from typing import Any, TypeAlias
 
 import jax

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import optax
+from jax.typing import ArrayLike
 
 from came_optax._algorithm import Hyperparameters
 from came_optax._checks import check_decay, check_epsilon, check_flag
@@ -28,15 +28,15 @@ class ScaleByFactoredMomentState(NamedTuple):
       v: other leaves: ``|g|²``; the leaf's shape.
     """
 
-    count: jax.typing.ArrayLike  # type: ignore[assignment]  # hides tuple.count
+    count: ArrayLike  # type: ignore[assignment]  # hides tuple.count
     v_row: optax.Updates
     v_col: optax.Updates
     v: optax.Updates
 
 
 def scale_by_factored_moment(
-    b2: jax.typing.ArrayLike = 0.999,
-    eps1: jax.typing.ArrayLike = 1e-30,
+    b2: ArrayLike = 0.999,
+    eps1: ArrayLike = 1e-30,
     *,
     factoring: FactoringRule | str = LastTwoAxes(),
     bias_correction: bool = False,

@@ -353,7 +353,10 @@ _instead: contextvars.ContextVar[FactoringRule | None] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def all_factored_by(rule: FactoringRule) -> Iterator[None]:
-    """Within it, ``rule`` takes the place of the rule of every transformation."""
+    """Within it, ``rule`` takes the place of the rule of every transformation.
+
+    No argument would reach those inside of ``optax.chain``, ``masked`` and the like.
+    """
     token = _instead.set(rule)
     try:
         yield

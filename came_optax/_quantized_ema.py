@@ -1,9 +1,11 @@
 """Momentum in 8 or 4 bits for any chain."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
-import jax
 import optax
+from jax.typing import ArrayLike
 
 from came_optax._algorithm import Hyperparameters
 from came_optax._checks import check_decay, check_flag
@@ -22,12 +24,12 @@ class QuantizedEmaState(NamedTuple):
         ``"int4"`` :class:`Codes`.
     """
 
-    count: jax.typing.ArrayLike  # type: ignore[assignment]  # hides tuple.count
+    count: ArrayLike  # type: ignore[assignment]  # hides tuple.count
     mu: optax.Updates
 
 
 def quantized_ema(
-    decay: jax.typing.ArrayLike,
+    decay: ArrayLike,
     *,
     nesterov: bool = False,
     debias: bool = False,

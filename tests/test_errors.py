@@ -1,6 +1,8 @@
 """Each misuse gives one error, which names the argument or leaf and what is allowed."""
 
 import dataclasses
+import inspect
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +21,9 @@ from came_optax import (
     scale_by_came,
     scale_by_confidence,
     scale_by_factored_moment,
+    steady_came,
 )
+from came_optax._momentum import MuDtype
 
 PARAMS = {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)}
 NUMBER = "must be a number or an array, got "
@@ -70,6 +74,35 @@ def test_arguments(
 ) -> None:
     with pytest.raises(error, match=f"^{argument} .*{message}"):
         came(**{"learning_rate": 1e-3, argument: value})
+
+
+@pytest.mark.parametrize("make", [came, steady_came, scale_by_came])
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("mask", "'mask', which is weight_decay_mask, of came and steady_came here"),
+        ("eps", "'eps', which is eps1 and eps2 here"),
+        ("wieght_decay", "'wieght_decay'$"),
+    ],
+)
+def test_arguments_of_other_optimizers(make: Any, argument: str, message: str) -> None:
+    learning_rate = () if make is scale_by_came else (1e-3,)
+    start = rf"^{make.__name__}\(\) got an unexpected keyword argument "
+    with pytest.raises(TypeError, match=start + message):
+        make(*learning_rate, **{argument: None})
+
+
+@pytest.mark.parametrize("make", [came, steady_came, scale_by_came])
+def test_signatures_are_those_of_the_arguments(make: Any) -> None:
+    parameters = inspect.signature(make).parameters.values()
+    assert all(p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+    assert len(str(inspect.signature(make))) < len(str(inspect.signature(optax.adamw)))
+    evaluated = inspect.signature(make, eval_str=True)
+    assert evaluated.parameters["mu_dtype"].annotation == MuDtype
+    assert pickle.loads(pickle.dumps(make)) is make
+    learning_rate = () if make is scale_by_came else (1e-3,)
+    state = optax.inject_hyperparams(make)(*learning_rate).init(PARAMS)
+    assert {"b1", "b3", "clipping_threshold"} <= state.hyperparams.keys()
 
 
 @pytest.mark.parametrize(

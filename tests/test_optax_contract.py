@@ -174,3 +174,22 @@ def test_none_leaves_empty_trees_and_empty_arrays(name: str, tree: Any) -> None:
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, tree)
     assert types(after) == types(state)
     chex.assert_tree_all_finite((updates, after))
+
+
+@pytest.mark.parametrize("wrap", [lambda tx: tx, lambda tx: optax.MultiSteps(tx, 1)])
+@pytest.mark.parametrize("inject", [False, True])
+def test_count_beside_a_schedule_is_that_of_a_named_state(
+    wrap: Any, inject: bool
+) -> None:
+    """``optax.tree.get(state, "count")`` is as ambiguous as with ``optax.adamw``."""
+    make = optax.inject_hyperparams(came_optax.came) if inject else came_optax.came
+    tx = wrap(make(optax.linear_schedule(0.0, 1e-3, 10)))
+    params = make_params()
+    state = tx.init(params)
+    with jax.numpy_dtype_promotion("standard"):  # MultiSteps promotes.
+        for _ in range(3):
+            _, state = tx.update(params, state, params)
+    assert optax.tree.get(state, "ScaleByCameState").count == 3
+    with pytest.raises(KeyError, match="multiple values for 'count'"):
+        optax.tree.get(state, "count")
+    assert optax.tree.get(came_optax.came(1e-3).init(params), "count") == 0
