@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -147,3 +149,22 @@ def test_a_full_disk_is_one_line_and_leaves_what_is_saved(
     with pytest.raises(CannotSave, match="cannot save step 4: No space left on device"):
         checkpoints.save(make_state(4))
     assert runs.steps(tmp_path) == [2]
+
+
+def test_a_disk_that_fills_while_it_is_written_is_one_line_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("pretraining.training.checkpoints._reserve", lambda *_: None)
+    checkpoints, state = Checkpoints(tmp_path), make_state(4)
+    noise = np.random.default_rng(0).bytes(1_000_000)
+    state = state._replace(params={str(k): np.frombuffer(noise) for k in range(9)})
+    checkpoints.save(make_state(2))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(CannotSave, match="cannot save step 4: File too large"):
+            checkpoints.save(state)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert os.listdir(tmp_path / "checkpoints") == ["2"]
+    assert capfd.readouterr().err == ""

@@ -6,13 +6,16 @@ too. It is written under another name and renamed when whole, and an older one d
 only then: what is there is complete, whenever the process dies.
 """
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
+import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,16 +125,24 @@ class Checkpoints:
             temporary.mkdir(parents=True)
             _reserve(temporary, sum(x.nbytes for x in jax.tree.leaves(state)))
         _wait_for_all(f"before saving {step}")
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-            checkpointer.save(
-                temporary.absolute() / "state",
-                args=ocp.args.StandardSave(_nested(state)),
-            )
+        try:
+            with (
+                _silent_threads(),
+                ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer,
+            ):
+                checkpointer.save(
+                    temporary.absolute() / "state",
+                    args=ocp.args.StandardSave(_nested(state)),
+                )
+            if is_first_process():
+                content = json.dumps(about, indent=1) + "\n"
+                (temporary / ABOUT).write_text(content, encoding="utf-8")
+                (temporary / SUMS).write_text(_checksums(temporary), encoding="utf-8")
+                temporary.rename(self._folder / str(step))
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)  # A full disk needs the place.
+            raise
         if is_first_process():
-            content = json.dumps(about, indent=1) + "\n"
-            (temporary / ABOUT).write_text(content, encoding="utf-8")
-            (temporary / SUMS).write_text(_checksums(temporary), encoding="utf-8")
-            temporary.rename(self._folder / str(step))
             for old in runs.steps(self._run)[:-KEPT]:
                 # Renamed first, as it is no checkpoint any more when half is gone.
                 dropped = self._folder / f"tmp-{old}"
@@ -195,11 +206,30 @@ def _digest(path: Path) -> str:
 def _reserve(folder: Path, size: int) -> None:
     """Raises OSError unless a file of that size fits.
 
-    Asked first, since Orbax's threads report a full disk for a while, each by itself.
+    Asked first: there is no use in filling a disk with half a checkpoint.
     """
     if hasattr(os, "posix_fallocate"):
         with tempfile.TemporaryFile(dir=folder) as file:
             os.posix_fallocate(file.fileno(), 0, size)
+
+
+@contextlib.contextmanager
+def _silent_threads() -> Iterator[None]:
+    """Keeps Orbax's threads from reporting, each by itself, what it raises then."""
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+    level = logger.level
+
+    def pass_over_closed_loops(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = pass_over_closed_loops
+    try:
+        yield
+        sys.unraisablehook = hook  # If it failed, threads may go on for a moment.
+    finally:
+        logger.setLevel(level)
 
 
 def _wait_for_all(what: str) -> None:
