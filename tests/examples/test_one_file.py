@@ -8,7 +8,7 @@ import chex
 import jax
 import pytest
 
-from gpt2_in_one_file import Config, main
+from gpt2_in_one_file import Config, train
 
 
 def test_learns_and_resumes_with_the_same_bits(
@@ -30,16 +30,16 @@ def test_learns_and_resumes_with_the_same_bits(
         save_every=10,
     )
     with jax.numpy_dtype_promotion("standard"):  # For optax's schedules.
-        straight = main(config)
+        straight = train(config)
         lines = capsys.readouterr().out.splitlines()
         losses = [float(line.split()[-1]) for line in lines]
         assert len(losses) == 2
         assert losses[1] < losses[0] - 0.1
 
         shutil.rmtree(tmp_path / "run" / "20")
-        chex.assert_trees_all_equal(main(config), straight)
+        chex.assert_trees_all_equal(train(config), straight)
         assert capsys.readouterr().out.splitlines() == lines[1:]
 
-        done = main(dataclasses.replace(config, save_every=1))
+        done = train(dataclasses.replace(config, save_every=1))
     chex.assert_trees_all_equal(done, straight)
     assert capsys.readouterr().out == ""
