@@ -26,7 +26,7 @@ from measuring.compiled_steps import CHIPS, OPTIMIZERS, Results, compile_step, o
 
 from came_optax import memory, state_memory
 from compiling.topologies import Target
-from pretraining.data.pipeline import NO_RECORDS
+from pretraining.data.pipeline import blank
 from pretraining.models import gpt2
 from pretraining.task import Task, with_param_dtype
 
@@ -94,9 +94,9 @@ def find_largest(
     """Returns the layers of the largest GPT-2 that trains on a chip."""
 
     def measure(layers: int) -> Any:
-        task, record = make_task(config_of(layers))
+        task = make_task(config_of(layers))
         task = with_param_dtype(task, dtype)
-        make = functools.partial(compile_step, task, record, optimizer, target)
+        make = functools.partial(compile_step, task, optimizer, target)
         return results.get(chip, optimizer, dtype, layers, make=make)
 
     xl = memory.abstract_params("gpt2-xl")
@@ -106,20 +106,16 @@ def find_largest(
     return largest(measure, layers_of(target.hbm / needed), target.hbm)
 
 
-def make_task(config: gpt2.GPT2Config) -> tuple[Task, dict[str, jax.ShapeDtypeStruct]]:
-    """Returns a task whose layers are stacked, and the shapes of its records."""
+def make_task(config: gpt2.GPT2Config) -> Task:
+    """Returns a task whose layers are stacked, without data."""
 
     def make_model(rngs: nnx.Rngs) -> gpt2.GPT2:
         model = gpt2.GPT2(dataclasses.replace(config, n_layer=0), rngs=rngs)
         model.h.append(Layers(config, rngs))  # type: ignore[arg-type]
         return model
 
-    record = {
-        "tokens": jax.ShapeDtypeStruct((config.n_positions + 1,), jnp.int32),
-        "weight": jax.ShapeDtypeStruct((), jnp.float32),
-    }
-    loss, length = gpt2.next_token_loss, config.n_positions
-    return Task("GPT-2", make_model, loss, NO_RECORDS, NO_RECORDS, length), record
+    records, length = blank(config.n_positions), config.n_positions
+    return Task("GPT-2", make_model, gpt2.next_token_loss, records, records, length)
 
 
 def found_largest(results: Results) -> dict[tuple[str, str, str], tuple[int, Any]]:

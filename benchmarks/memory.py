@@ -112,9 +112,9 @@ def main() -> None:
 
     target, results = one_chip(args.chip), Results(FOLDER / "steps.json")
     for model in args.models:
-        task, record = make_task(*STEPS[model])
+        task = make_task(*STEPS[model])
         for name in args.optimizers:
-            make = functools.partial(compile_step, task, record, name, target)
+            make = functools.partial(compile_step, task, name, target)
             results.get(args.chip, model, name, make=make)
     for name, text in {"state": state_table(), "steps": step_table(results)}.items():
         print(f"\n{text}")

@@ -10,7 +10,6 @@ from and write to the chip's memory:
 """
 
 import argparse
-import dataclasses
 import pathlib
 import statistics
 from typing import Any
@@ -22,9 +21,8 @@ from measuring import output, updates
 from measuring.chips import CHIPS, target
 from update import time_in_turn
 
+import pretrain_gpt2
 from compiling.traffic import traffic
-from pretraining.data.pipeline import NO_RECORDS
-from pretraining.models import gpt2
 from pretraining.task import Task
 from pretraining.training import devices
 from pretraining.training.step import make_init, make_train_step, state_shapes
@@ -34,15 +32,9 @@ OPTIMIZERS = ("AdamW", "CAME, float32", "CAME, int8")
 
 def make_task(size: str, dtype: Any) -> Task:
     """Returns the examples' language modelling, without data."""
-    config = dataclasses.replace(gpt2.SIZES[size], dtype=dtype)
-    return Task(
-        name=f"gpt2 {size}",
-        make_model=lambda rngs: gpt2.GPT2(config, rngs=rngs),
-        loss_fn=gpt2.next_token_loss,
-        train=NO_RECORDS,
-        validation=NO_RECORDS,
-        tokens_per_record=config.n_positions,
-    )
+    model = pretrain_gpt2.ModelOptions(size=size)
+    task, _ = pretrain_gpt2.without_text(model, dtype=dtype)
+    return task
 
 
 def lower(
@@ -86,7 +78,7 @@ def timed_share(
     tokens = jnp.zeros((batch_size, task.tokens_per_record + 1), jnp.int32)
     batch = {"tokens": tokens, "weight": jnp.ones(batch_size)}
     train_step = make_train_step(task, tx, 1, 0, mesh)
-    state = make_init(task, tx, 0, mesh)()
+    state = make_init(task, tx, mesh)(0)
     params, opt_state, grads = jax.tree.map(
         jnp.copy, (state.params, state.opt_state, state.params)
     )

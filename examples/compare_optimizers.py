@@ -10,7 +10,6 @@ runs/compare-gpt2-nano. docs/learning-rate.md shows what to expect.
 """
 
 import dataclasses
-import importlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,9 +30,10 @@ from comparing.methods import (
     STUDY,
 )
 from comparing.runs import Log
+from comparing.series import Series, Settings
 from comparing.summary import summarize
 from comparing.table import make_tables
-from comparing.trainer import Settings, Trainer
+from pretraining import scripts
 from pretraining.data import corpus
 from pretraining.errors import UserError
 from pretraining.files import write_atomically
@@ -115,29 +115,24 @@ def make_task(options: CompareOptions, text: corpus.TextOptions) -> Task:
     Raises:
         UserError: The task's model has no such size.
     """
-    example = importlib.import_module(f"pretrain_{options.task}")
-    (size,) = [f for f in dataclasses.fields(example.ModelOptions) if f.name == "size"]
-    if options.size not in size.metadata["choices"]:
-        raise UserError(
-            f"--size {options.size}: {options.task} has "
-            f"{', '.join(size.metadata['choices'])}"
-        )
-    return example.make_task(example.ModelOptions(size=options.size), text)
+    script, model = scripts.load(options.task, options.size)
+    task: Task = script.make_task(model, text)
+    return task
 
 
 def compare(task: Task, name: str, settings: Settings, seeds: int, log: Log) -> None:
     """Does the runs of one method that are not done yet."""
-    method, trainer = METHODS[name], None
+    method, series = METHODS[name], None
     first = search.index_of(method.options.learning_rate)
 
     def loss(index: int, seed: int) -> float:
-        nonlocal trainer
+        nonlocal series
         learning_rate = search.learning_rate(index)
         run = log.find(name, learning_rate, seed)
         if run is None:
-            trainer = trainer or Trainer(task, method, settings)
+            series = series or Series(task, method, settings)
             about = {"task": task.name, "method": name, "steps": settings.steps}
-            run = trainer.run(learning_rate, seed, about)
+            run = series.run(learning_rate, seed, about)
             log.add(run)
             print(
                 f"{name:<25} lr {learning_rate:.2e} seed {seed}: {run.final():.4f} "
@@ -154,8 +149,8 @@ def compare(task: Task, name: str, settings: Settings, seeds: int, log: Log) -> 
     while len(losses[index := search.best_mean(losses)]) < seeds:
         losses[index] += [loss(index, seed) for seed in range(1, seeds)]
     if log.cost(name) is None:
-        trainer = trainer or Trainer(task, method, settings)
-        log.add_cost(name, trainer.cost())
+        series = series or Series(task, method, settings)
+        log.add_cost(name, series.cost())
 
 
 def report(task: Task, folder: Path, log: Log) -> None:

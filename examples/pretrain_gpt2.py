@@ -13,9 +13,11 @@ On two CPU cores it takes three minutes and ends at a validation loss of 2.68
 
 import dataclasses
 
+from jax.typing import DTypeLike
+
 from pretraining import cli
 from pretraining.data import baselines, corpus, tokenization
-from pretraining.data.pipeline import Windows
+from pretraining.data.pipeline import Windows, blank
 from pretraining.models import gpt2, hugging_face, sampling
 from pretraining.options import option, vocabulary_size
 from pretraining.task import Task
@@ -36,29 +38,43 @@ class ModelOptions:
     prompt: str = option("", "what the text sample at the end continues")
 
 
-def make_task(
-    model: ModelOptions, text: corpus.TextOptions, seq_len: int | None = None
-) -> Task:
-    """Next-token prediction on the text, with a vocabulary learnt from it."""
+def without_text(
+    model: ModelOptions, seq_len: int | None = None, dtype: DTypeLike | None = None
+) -> tuple[Task, gpt2.GPT2Config]:
+    """Next-token prediction on a blank record, computed in `dtype`."""
     config = gpt2.SIZES[model.size]
     length = seq_len or config.n_positions
     config = dataclasses.replace(
         config,
         vocab_size=model.vocab_size or config.vocab_size,
         n_positions=max(length, config.n_positions),
-        dtype=compute_dtype(),
+        dtype=dtype or compute_dtype(),
     )
+    task = Task(
+        name=f"GPT-2 {model.size}",
+        make_model=lambda rngs: gpt2.GPT2(config, rngs=rngs),
+        loss_fn=gpt2.next_token_loss,
+        train=blank(length),
+        validation=blank(length),
+        tokens_per_record=length,
+    )
+    return task, config
+
+
+def make_task(
+    model: ModelOptions, text: corpus.TextOptions, seq_len: int | None = None
+) -> Task:
+    """Next-token prediction on the text, with a vocabulary learnt from it."""
+    task, config = without_text(model, seq_len)
+    length = task.tokens_per_record
     tokenizer, train, validation = tokenization.learn_and_encode(
         text, tokenization.byte_level_bpe, config.vocab_size, tokenization.END_OF_TEXT
     )
     sampling.check_prompt(tokenizer, model.prompt, length)
-    return Task(
-        name=f"GPT-2 {model.size}",
-        make_model=lambda rngs: gpt2.GPT2(config, rngs=rngs),
-        loss_fn=gpt2.next_token_loss,
+    return dataclasses.replace(
+        task,
         train=Windows(train, length),
         validation=Windows(validation, length),
-        tokens_per_record=length,
         references=baselines.cross_entropies(train, validation, config.vocab_size),
         options=dataclasses.asdict(model) | dataclasses.asdict(text),
         files={"tokenizer.json": tokenizer.to_str(pretty=True)},

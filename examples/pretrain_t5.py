@@ -14,10 +14,11 @@ On an accelerator:
 import dataclasses
 
 import numpy as np
+from jax.typing import DTypeLike
 
 from pretraining import cli
 from pretraining.data import baselines, corpus, tokenization
-from pretraining.data.pipeline import Windows
+from pretraining.data.pipeline import Windows, blank
 from pretraining.data.span_corruption import END, SpanCorruption, unigram
 from pretraining.models import hugging_face, t5
 from pretraining.options import option, vocabulary_size
@@ -40,16 +41,36 @@ class ModelOptions:
     )
 
 
-def make_task(
-    model: ModelOptions, text: corpus.TextOptions, seq_len: int | None = None
-) -> Task:
-    """Span corruption of the text, with a vocabulary learnt from it."""
+def without_text(
+    model: ModelOptions, seq_len: int | None = None, dtype: DTypeLike | None = None
+) -> tuple[Task, t5.T5Config]:
+    """Span corruption of a blank record, computed in `dtype`."""
     config = t5.SIZES[model.size]
     config = dataclasses.replace(
         config,
         vocab_size=model.vocab_size or config.vocab_size,
-        dtype=compute_dtype(),
+        dtype=dtype or compute_dtype(),
     )
+    inputs = seq_len or t5.INPUTS[model.size]
+    corruption = SpanCorruption.of_learnt(config.vocab_size, inputs)
+    records = blank(corruption.length, overlap=0)
+    task = Task(
+        name=f"T5 {model.size}",
+        make_model=lambda rngs: t5.T5(config, rngs=rngs),
+        loss_fn=t5.target_token_loss,
+        train=records,
+        validation=records,
+        tokens_per_record=corruption.length,
+        transform=corruption,
+    )
+    return task, config
+
+
+def make_task(
+    model: ModelOptions, text: corpus.TextOptions, seq_len: int | None = None
+) -> Task:
+    """Span corruption of the text, with a vocabulary learnt from it."""
+    task, config = without_text(model, seq_len)
     tokenizer, *tokens = tokenization.learn_and_encode(
         text, unigram, config.vocab_size, END
     )
@@ -61,13 +82,10 @@ def make_task(
         corrupted = (corruption(records[k], generator) for k in range(len(records)))
         return np.concatenate([record["targets"] for record in corrupted])
 
-    return Task(
-        name=f"T5 {model.size}",
-        make_model=lambda rngs: t5.T5(config, rngs=rngs),
-        loss_fn=t5.target_token_loss,
+    return dataclasses.replace(
+        task,
         train=train,
         validation=validation,
-        tokens_per_record=corruption.length,
         transform=corruption,
         references=baselines.cross_entropies(
             targets(train), targets(validation), config.vocab_size

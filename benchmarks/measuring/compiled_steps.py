@@ -30,7 +30,6 @@ def one_chip(name: str) -> topologies.Target:
 
 def compile_step(
     task: Task,
-    record: dict[str, jax.ShapeDtypeStruct],
     optimizer: str,
     target: topologies.Target,
 ) -> dict[str, Any]:
@@ -43,9 +42,7 @@ def compile_step(
         in_float32(OPTIMIZERS[optimizer]()),
         devices.make_mesh({}, target.devices),
     )
-    report = ahead_of_time.compile_train_step(
-        task, tx, record, target, mesh, batch_size=1
-    )
+    report = ahead_of_time.compile_train_step(task, tx, target, mesh, batch_size=1)
     fits = report.fits
     if target.devices[0].platform == "tpu":
         # The compiler's verdict: its count of what it accepts can exceed the memory.

@@ -89,7 +89,7 @@ class Step:
                 config, vocab_size=512, n_positions=64, dtype=jnp.float32
             )
         self.config, self.tx = config, tx
-        self.task: Task = with_param_dtype(make_task(config)[0], dtype)
+        self.task: Task = with_param_dtype(make_task(config), dtype)
         self.mesh = devices.make_mesh({}, jax.devices()[:1])
         self.shapes = state_shapes(self.task, tx, self.mesh)
         step = make_train_step(self.task, tx, 1, 0, self.mesh)

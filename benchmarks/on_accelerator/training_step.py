@@ -43,12 +43,14 @@ def run(record: Recorder, optimizer: str) -> None:
     mesh = devices.make_mesh({}, [device])
     tx = OPTIMIZERS[optimizer]()
     train_step = make_train_step(task, tx, 1, 0, mesh)
-    init = make_init(task, tx, 0, mesh)
+    init = make_init(task, tx, mesh)
     length = task.tokens_per_record
 
     def compile_step(batch_size: int) -> Any:
         began = time.perf_counter()
-        compiled = train_step.lower(init.eval_shape(), make_batch(batch_size)).compile()
+        compiled = train_step.lower(
+            init.eval_shape(0), make_batch(batch_size)
+        ).compile()
         seconds = time.perf_counter() - began
         needed = bytes_needed(compiled)
         print(f"batch {batch_size}: {needed:,} bytes, compiled in {seconds:.0f} s")
@@ -67,7 +69,7 @@ def run(record: Recorder, optimizer: str) -> None:
         batch_size, compiled = largest_batch(compile_step, limit and (1 - FREE) * limit)
     compiled = compiled or compile_step(batch_size)
     batch = make_batch(batch_size)
-    state = init()
+    state = init(0)
     losses = []
 
     def step() -> None:

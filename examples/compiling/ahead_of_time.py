@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from compiling.collectives import Collective, collectives
 from compiling.topologies import GIB, Target
+from pretraining.data import pipeline
 from pretraining.table import format_table
 from pretraining.task import Task
 from pretraining.training import devices
@@ -80,7 +81,6 @@ class Report:
 def compile_train_step(
     task: Task,
     tx: optax.GradientTransformation,
-    record: Mapping[str, jax.ShapeDtypeStruct],
     target: Target,
     mesh: Mesh,
     *,
@@ -90,9 +90,8 @@ def compile_train_step(
     """Compiles the training step that `Trainer` would run.
 
     Args:
-        task: The model and its loss; no data is looked at.
+        task: The model, its loss and the shapes of its records.
         tx: The optimizer.
-        record: Shapes of what the batch has for each sequence.
         target: The chips.
         mesh: The mesh over them.
         batch_size: Sequences per update.
@@ -102,7 +101,7 @@ def compile_train_step(
     sharding = NamedSharding(mesh, devices.BATCH)
     batch = {
         name: jax.ShapeDtypeStruct((batch_size, *x.shape), x.dtype, sharding=sharding)
-        for name, x in record.items()
+        for name, x in pipeline.record_shapes(task).items()
     }
     step = make_train_step(task, tx, accumulate, 0, mesh)
     return compile_step(step, state, batch, target)

@@ -25,9 +25,8 @@ def make_state(step: int, width: int = 3, dtype: str = "float32") -> TrainState:
     return TrainState(jnp.asarray(step), {"w": values}, (values, {"count": values[0]}))
 
 
-@jax.jit
-def init() -> TrainState:
-    return make_state(0)
+def shapes() -> TrainState:
+    return jax.jit(lambda: make_state(0)).eval_shape()
 
 
 def test_the_newest_two_are_kept(tmp_path: Path):
@@ -36,7 +35,7 @@ def test_the_newest_two_are_kept(tmp_path: Path):
     for step in (2, 4, 4, 6):
         checkpoints.save(make_state(step), position=step)
     reopened = Checkpoints(tmp_path)
-    chex.assert_trees_all_equal(reopened.restore(init), make_state(6))
+    chex.assert_trees_all_equal(reopened.restore(shapes()), make_state(6))
     assert reopened.load_about()["position"] == 6
     folders = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert folders == ["4", "6"]
@@ -52,7 +51,7 @@ def test_a_half_written_one_is_none(tmp_path: Path, older: tuple[int, ...]):
     assert runs.steps(tmp_path) == list(older)
     checkpoints.save(make_state(4))
     assert not half.exists()
-    chex.assert_trees_all_equal(Checkpoints(tmp_path).restore(init), make_state(4))
+    chex.assert_trees_all_equal(Checkpoints(tmp_path).restore(shapes()), make_state(4))
 
 
 @pytest.mark.parametrize(
@@ -70,7 +69,7 @@ def test_another_model_or_optimizer_is_refused(
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(make_state(2))
     with pytest.raises(UserError, match=message):
-        checkpoints.restore(jax.jit(lambda: other))
+        checkpoints.restore(jax.jit(lambda: other).eval_shape())
 
 
 def damaging(path: Path) -> Iterator[str]:
@@ -103,12 +102,12 @@ def test_whatever_is_damaged_is_named_and_so_is_the_older(tmp_path: Path):
     for path in files:
         for how in damaging(path):
             with pytest.raises(UserError) as caught:
-                checkpoints.restore(init)
+                checkpoints.restore(shapes())
             message = str(caught.value)
             assert "4: damaged checkpoint (" in message, (path, how)
             assert message.endswith("go on from step 2, which is sound")
             assert "\n" not in message
-    chex.assert_trees_all_equal(checkpoints.restore(init), make_state(4))
+    chex.assert_trees_all_equal(checkpoints.restore(shapes()), make_state(4))
 
 
 def test_a_damaged_older_one_is_not_recommended(tmp_path: Path):
@@ -117,7 +116,7 @@ def test_a_damaged_older_one_is_not_recommended(tmp_path: Path):
         checkpoints.save(make_state(step))
         (tmp_path / "checkpoints" / str(step) / "about.json").write_text("{}")
     with pytest.raises(UserError, match="there is no other; begin anew"):
-        checkpoints.restore(init)
+        checkpoints.restore(shapes())
 
 
 def test_checksums_are_what_sha256sum_reads(tmp_path: Path):
@@ -132,7 +131,7 @@ def test_a_state_of_other_containers_is_restored(tmp_path: Path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(state._replace(opt_state=(optax.EmptyState(), *state.opt_state)))
     other = state._replace(opt_state={"1": state.opt_state[0], "2": state.opt_state[1]})
-    restored = checkpoints.restore(jax.jit(lambda: other))
+    restored = checkpoints.restore(jax.jit(lambda: other).eval_shape())
     chex.assert_trees_all_equal(restored, other)
 
 

@@ -14,9 +14,9 @@ import compare_optimizers
 from comparing import search
 from comparing.methods import METHODS
 from comparing.runs import Log, Run
+from comparing.series import Series, Settings, record_largest_update
 from comparing.summary import Summary, summarize
 from comparing.table import make_tables
-from comparing.trainer import Settings, Trainer, record_largest_update
 from pretraining.data import pipeline
 from pretraining.data.pipeline import Windows
 from pretraining.errors import UserError
@@ -227,10 +227,10 @@ def test_what_is_not_installed_is_left_out(task: Task, tmp_path, monkeypatch, ca
 
 def test_run_equals_plain_training(task: Task):
     """And a second learning rate, a second seed, compile nothing."""
-    trainer = Trainer(task, METHODS["came-bc-clip-1"], SETTINGS)
-    trainer.run(1e-3, 0, {})
-    run = trainer.run(1e-2, 1, {"method": "came"})
-    assert trainer._train_steps._cache_size() == 1
+    series = Series(task, METHODS["came-bc-clip-1"], SETTINGS)
+    series.run(1e-3, 0, {})
+    run = series.run(1e-2, 1, {"method": "came"})
+    assert series._train_steps._cache_size() == 1
     assert run.about["options"] == {
         "optimizer": "published-came",
         "bias_correction": True,
@@ -246,7 +246,7 @@ def test_run_equals_plain_training(task: Task):
     tx = make_optimizer(options, make_schedule(options, SETTINGS.steps))
     mesh = devices.make_mesh()
     train_step = step.make_train_step(task, tx, 1, 0, mesh)
-    state = step.make_init(task, tx, 1, mesh)()
+    state = step.make_init(task, tx, mesh)(1)
     batches = pipeline.train_batches(task, SETTINGS.batch_size, 1)
     losses = []
     for _ in range(SETTINGS.steps):
@@ -263,7 +263,7 @@ def test_run_equals_plain_training(task: Task):
 
 
 def test_diverged_run_ends_early(task: Task):
-    run = Trainer(task, METHODS["lion"], SETTINGS).run(1e30, 0, {})
+    run = Series(task, METHODS["lion"], SETTINGS).run(1e30, 0, {})
     assert run.final() == math.inf
     assert run.rows == [run.rows[-1]]
     assert run.rows[0]["step"] == 10
@@ -271,10 +271,10 @@ def test_diverged_run_ends_early(task: Task):
 
 def test_adamw_in_8_bits_trains_where_it_is_installed(task: Task):
     pytest.importorskip("flashoptim_jax")
-    trainer = Trainer(task, METHODS["flash-adamw"], SETTINGS)
-    (_, first), (_, last) = trainer.run(1e-2, 0, {}).curve("loss")
+    series = Series(task, METHODS["flash-adamw"], SETTINGS)
+    (_, first), (_, last) = series.run(1e-2, 0, {}).curve("loss")
     assert last < first
-    assert 2 < trainer.cost()["state_bytes_per_parameter"] < 3
+    assert 2 < series.cost()["state_bytes_per_parameter"] < 3
 
 
 @pytest.mark.parametrize(
@@ -295,11 +295,11 @@ def test_adamw_in_8_bits_trains_where_it_is_installed(task: Task):
 def test_optimizers_train_and_keep_what_they_should(
     task: Task, name: str, least: float, most: float
 ):
-    trainer = Trainer(task, METHODS[name], SETTINGS)
-    (_, first), (_, last) = trainer.run(1e-2, 0, {}).curve("loss")
+    series = Series(task, METHODS[name], SETTINGS)
+    (_, first), (_, last) = series.run(1e-2, 0, {}).curve("loss")
     assert last < first
     params = jax.eval_shape(lambda: nnx.state(task.make_model(nnx.Rngs(0)), nnx.Param))
-    cost = trainer.cost()
+    cost = series.cost()
     assert least <= cost["state_bytes_per_parameter"] <= most + 0.1
     assert cost["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(params))
 
@@ -337,7 +337,7 @@ def test_comparison_resumes_with_what_is_missing(task: Task, tmp_path, monkeypat
     assert before["rows"].pop()["step"] == added["rows"].pop()["step"]
     assert added == before
 
-    monkeypatch.setattr(compare_optimizers, "Trainer", None)  # Nothing left to train.
+    monkeypatch.setattr(compare_optimizers, "Series", None)  # Nothing left to train.
     compare(task, tmp_path)
 
 

@@ -1,7 +1,10 @@
 """Training steps compiled for TPUs that aren't there."""
 
 import importlib.util
+import subprocess
+import sys
 import textwrap
+from pathlib import Path
 
 import jax
 import pytest
@@ -11,6 +14,7 @@ from compiling import ahead_of_time, topologies
 from compiling.ahead_of_time import Report, needed_and_available
 from compiling.collectives import Collective, collectives
 from compiling.topologies import GIB
+from pretraining.data import pipeline
 from pretraining.errors import UserError
 from pretraining.training import devices
 from pretraining.training.optimizers import (
@@ -124,12 +128,11 @@ def compile_step():
         mesh = devices.make_mesh({"fsdp": chips // slices}, target.devices)
         optimizer = OptimizerOptions(**options)
         tx = make_optimizer(optimizer, make_schedule(optimizer, 100))
-        mock, record = compile_for.make_task(task, size, seq_len=128)
+        mock = compile_for.make_task(task, size, seq_len=128)
         with jax.numpy_dtype_promotion("standard"):
             return ahead_of_time.compile_train_step(
                 mock,
                 tx,
-                record,
                 target,
                 mesh,
                 batch_size=batch_size or chips,
@@ -164,3 +167,40 @@ def test_too_large_a_batch_is_a_verdict(compile_step):
 def test_unknown_topologies_are_refused(compile_step, topology):
     with pytest.raises(UserError, match=f"--topology {topology}: "):
         compile_step("gpt2", "nano", topology)
+
+
+@pytest.mark.parametrize(
+    ("task", "expected"),
+    [
+        ("gpt2", {"tokens": (1025,)}),
+        ("bert", {"tokens": (512,), "positions": (77,), "targets": (77,)}),
+        ("t5", {"inputs": (512,), "targets": (114,)}),
+    ],
+)
+def test_records_have_the_shapes_that_training_has(task: str, expected):
+    task = compile_for.make_task(task, "small")
+    shapes = pipeline.record_shapes(task)
+    assert {name: x.shape for name, x in shapes.items()} == expected | {"weight": ()}
+
+
+def test_unknown_sizes_are_refused():
+    with pytest.raises(UserError, match="--size huge: gpt2 has nano, tiny, small"):
+        compile_for.make_task("gpt2", "huge")
+
+
+def test_a_task_loads_no_other():
+    code = (
+        "import sys, compile_for, compare_optimizers\n"
+        "compile_for.make_task('bert', 'nano')\n"
+        "print([name.split('.')[-1] for name in sys.modules if '.models.' in name])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(compile_for.__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "'bert'" in done.stdout
+    assert "gpt2" not in done.stdout
+    assert "t5" not in done.stdout

@@ -72,7 +72,7 @@ TX = came(1e-3, weight_decay=0.1)
 
 
 def train(task, batch, mesh, accumulate=1):
-    state = step.make_init(task, TX, 0, mesh)()
+    state = step.make_init(task, TX, mesh)(0)
     train_step = step.make_train_step(task, TX, accumulate, 0, mesh)
     losses = []
     for _ in range(3):

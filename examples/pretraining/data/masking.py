@@ -72,6 +72,12 @@ class Masking:
             vocab_size=tokenizer.get_vocab_size(),
         )
 
+    @classmethod
+    def of_learnt(cls, vocab_size: int) -> "Masking":
+        """Returns the masking for a vocabulary that `wordpiece` would learn."""
+        cls_id, sep, mask = map(SPECIAL.index, (CLS, SEP, MASK))
+        return Masking(cls_id, sep, mask, len(SPECIAL), vocab_size)
+
     def __call__(self, record: Record, generator: np.random.Generator) -> Record:
         """Returns "tokens" (L), masked "positions" (K) and their "targets" (K)."""
         tokens_L = np.concatenate([[self.cls], record["tokens"], [self.sep]])

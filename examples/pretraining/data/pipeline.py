@@ -45,7 +45,15 @@ class Windows:
         return {"tokens": window.astype(np.int32)}
 
 
-NO_RECORDS = Windows(np.zeros(0, np.uint16), 1)
+def blank(length: int, overlap: int = 1) -> Windows:
+    """Returns one record of zeros, in place of text that isn't there."""
+    return Windows(np.zeros(length + overlap, np.uint16), length, overlap)
+
+
+def record_shapes(task: Task) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of what a batch has for each sequence."""
+    (batch,) = validation_batches(task, 1, limit=1, part=(0, 1))
+    return {k: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for k, x in batch.items()}
 
 
 def train_batches(

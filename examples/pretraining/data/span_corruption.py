@@ -87,13 +87,25 @@ class SpanCorruption:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, inputs: int) -> "SpanCorruption":
+        """Returns the one `fitting` a tokenizer that has the sentinels."""
+        sentinels = [id_of(tokenizer, token) for token in SENTINELS]
+        return cls.fitting(inputs, sentinels, id_of(tokenizer, END))
+
+    @classmethod
+    def of_learnt(cls, vocab_size: int, inputs: int) -> "SpanCorruption":
+        """Returns the one `fitting` a vocabulary that `unigram` would learn."""
+        sentinels = range(vocab_size - 1, vocab_size - 1 - len(SENTINELS), -1)
+        return cls.fitting(inputs, sentinels, SPECIAL.index(END))
+
+    @classmethod
+    def fitting(
+        cls, inputs: int, sentinels: Sequence[int], end: int
+    ) -> "SpanCorruption":
         """Returns the longest windows of which at most `inputs` tokens become inputs.
 
         Raises:
             UserError: So few or many that there are no spans, or too few sentinels.
         """
-        sentinels = [id_of(tokenizer, token) for token in SENTINELS]
-        end = id_of(tokenizer, END)
         fitting = [
             corruption
             for length in range(5, 2 * inputs)

@@ -27,7 +27,7 @@ import came_optax
 from pretraining.errors import CannotSave, UserError
 from pretraining.training import runs
 from pretraining.training.devices import is_first_process
-from pretraining.training.step import Init, TrainState
+from pretraining.training.step import TrainState
 
 KEPT = 2
 ABOUT, SUMS = "about.json", "SHA256SUMS"
@@ -80,20 +80,17 @@ class Checkpoints:
         about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return about
 
-    def restore(self, init: Init) -> TrainState:
+    def restore(self, state: TrainState) -> TrainState:
         """Returns the newest state.
 
         Args:
-            init: The jitted function that makes a new run's state; it tells shapes,
-                dtypes and shardings.
+            state: Shapes, dtypes and shardings, as `step.state_shapes` returns them.
 
         Raises:
             UserError: It is damaged.
             OtherState: It is of another model or optimizer.
         """
         self._check()
-        # From the compiled function, as only that knows the shardings.
-        state = init.eval_shape()
         about = self.load_about()
         saved, wanted = about["layout"], _layout(state)
         folder = self._folder / str(self.latest_step)

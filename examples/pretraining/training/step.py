@@ -1,20 +1,42 @@
-"""The training step and the evaluation step: pure, jitted, the state donated."""
+"""The first state, the training step and evaluation: pure, jitted, on a mesh."""
 
+import collections
+import dataclasses
 import functools
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
 
 from came_optax import state_sharding, stochastic_apply_updates
+from pretraining.options import option, positive_int
 from pretraining.task import Batch, Mean, Task
 from pretraining.training import devices
 from pretraining.training.sharding import make_gather, param_shardings
 
 Params = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+    """Options for the training step."""
+
+    seq_len: int | None = option(
+        None, "tokens per sequence (default: the model's most)", type=positive_int
+    )
+    accumulate: int = option(
+        1, "parts that a batch is computed in, to save memory", type=positive_int
+    )
+    param_dtype: str = option(
+        "float32",
+        "that parameters are stored in; updates are rounded to it stochastically",
+        choices=("float32", "bfloat16"),
+    )
 
 
 class TrainState(NamedTuple):
@@ -32,12 +54,12 @@ class TrainState(NamedTuple):
 
 
 class Init(Protocol):
-    """A jitted function that creates the first state where it will live."""
+    """A jitted function from a seed to the first state, created where it will live."""
 
-    def __call__(self) -> TrainState:
+    def __call__(self, seed: int) -> TrainState:
         """Returns the state."""
 
-    def eval_shape(self) -> TrainState:
+    def eval_shape(self, seed: int) -> TrainState:
         """Returns its shapes, dtypes and shardings."""
 
 
@@ -52,13 +74,12 @@ def state_shardings(
     return TrainState(devices.replicated(mesh), of_params, of_opt_state)
 
 
-def make_init(
-    task: Task, tx: optax.GradientTransformation, seed: int, mesh: Mesh
-) -> Init:
+def make_init(task: Task, tx: optax.GradientTransformation, mesh: Mesh) -> Init:
     """Returns a function that creates the first state where it will live."""
 
-    def init() -> TrainState:
-        params = nnx.state(task.make_model(nnx.Rngs(seed)), nnx.Param)
+    def init(seed: int) -> TrainState:
+        rngs = nnx.Rngs(jax.random.key(seed))
+        params = nnx.state(task.make_model(rngs), nnx.Param)
         return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
     return jax.jit(init, out_shardings=state_shardings(task, tx, mesh))
@@ -68,7 +89,7 @@ def state_shapes(
     task: Task, tx: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
     """Returns shapes, dtypes and shardings of a training state."""
-    return make_init(task, tx, 0, mesh).eval_shape()
+    return make_init(task, tx, mesh).eval_shape(0)
 
 
 def make_train_step(
@@ -125,13 +146,25 @@ def make_train_step(
     )
 
 
-def make_eval_step(task: Task, mesh: Mesh) -> jax.stages.Wrapped:
-    """Returns `(params, batch) -> means`, without dropout."""
+def make_evaluate(
+    task: Task, mesh: Mesh
+) -> Callable[[Params, Iterable[Batch]], dict[str, float]]:
+    """Returns `(params, batches) -> means over all batches`, without dropout."""
 
     def eval_step(params: Params, batch: Batch) -> dict[str, Mean]:
         return task.loss_fn(merge(task, params), batch, None)
 
-    return jax.jit(eval_step, out_shardings=devices.replicated(mesh))
+    eval_step = jax.jit(eval_step, out_shardings=devices.replicated(mesh))
+
+    def evaluate(params: Params, batches: Iterable[Batch]) -> dict[str, float]:
+        sums: dict[str, np.ndarray] = collections.defaultdict(lambda: np.zeros(2))
+        for batch in batches:
+            means = eval_step(params, devices.put_batch(batch, mesh))
+            for name, mean in means.items():
+                sums[name] += np.asarray(mean, np.float64)
+        return {name: float(total / count) for name, (total, count) in sums.items()}
+
+    return evaluate
 
 
 def merge(task: Task, params: Params) -> Any:

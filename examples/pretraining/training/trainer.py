@@ -1,6 +1,5 @@
 """The training loop that all examples share."""
 
-import collections
 import contextlib
 import dataclasses
 import json
@@ -12,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 from came_optax import state_memory
 from pretraining.data import pipeline
@@ -30,32 +28,23 @@ from pretraining.training.optimizers import (
 )
 from pretraining.training.progress import Progress, Throughput
 from pretraining.training.step import (
+    StepOptions,
     TrainState,
-    make_eval_step,
+    make_evaluate,
     make_init,
     make_train_step,
     merge,
+    state_shapes,
 )
 from pretraining.training.summary import Result
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingOptions:
+class TrainingOptions(StepOptions):
     """Options for training."""
 
     steps: int = option(1000, "updates", type=positive_int)
     batch_size: int = option(16, "sequences per update", type=positive_int)
-    seq_len: int | None = option(
-        None, "tokens per sequence (default: the model's most)", type=positive_int
-    )
-    accumulate: int = option(
-        1, "parts that a batch is computed in, to save memory", type=positive_int
-    )
-    param_dtype: str = option(
-        "float32",
-        "that parameters are stored in; updates are rounded to it stochastically",
-        choices=("float32", "bfloat16"),
-    )
     mesh: Mapping[str, int] | None = option(
         None,
         "devices for each way to split the work, e.g. data=2,fsdp=4: data splits "
@@ -113,7 +102,7 @@ class Trainer:
         self.train_step = make_train_step(
             task, self.tx, training.accumulate, training.seed, self.mesh
         )
-        self.eval_step = make_eval_step(task, self.mesh)
+        self._evaluate = make_evaluate(task, self.mesh)
         self.batches = pipeline.train_batches(
             task, training.batch_size, training.seed, self.data_part
         )
@@ -124,11 +113,10 @@ class Trainer:
             "data": pipeline.fingerprint(task),
         }
         self.checkpoints = Checkpoints(folder)
-        self.init = make_init(task, self.tx, training.seed, self.mesh)
         if resume:
             self.state = self._restore()
         else:
-            self.state = self.init()
+            self.state = make_init(task, self.tx, self.mesh)(training.seed)
             if task.pretrained is not None:
                 of_params = jax.tree.map(lambda p: p.sharding, self.state.params)
                 params = task.pretrained(self.state.params)
@@ -156,7 +144,9 @@ class Trainer:
                 + (self._changed(about, of_data) or "; the text has changed since")
             )
         try:
-            state = self.checkpoints.restore(self.init)
+            state = self.checkpoints.restore(
+                state_shapes(self.task, self.tx, self.mesh)
+            )
         except OtherState as error:
             raise UserError(f"{error}{self._changed(about, of_state)}") from error
         if (done := int(state.step)) > self.training.steps:
@@ -259,15 +249,10 @@ class Trainer:
 
         `records` takes the place of the task's own, e.g. for a test at the end.
         """
-        sums: dict[str, np.ndarray] = collections.defaultdict(lambda: np.zeros(2))
-        size = self.training.batch_size
-        for batch in pipeline.validation_batches(
-            self.task, size, limit, records, self.data_part
-        ):
-            batch = devices.put_batch(batch, self.mesh)
-            for name, mean in self.eval_step(self.state.params, batch).items():
-                sums[name] += np.asarray(mean, np.float64)
-        return {name: float(total / count) for name, (total, count) in sums.items()}
+        batches = pipeline.validation_batches(
+            self.task, self.training.batch_size, limit, records, self.data_part
+        )
+        return self._evaluate(self.state.params, batches)
 
     def save(self) -> None:
         """Saves a checkpoint."""
@@ -278,7 +263,7 @@ class Trainer:
     def _conclude(self, seconds: float, means: Mapping[str, float]) -> Result:
         rows = metrics.read(self.folder)
         losses = [row["loss"] for row in rows if "loss" in row]
-        params = self.state.params
+        memory = state_memory(self.tx, self.state.params)
         result = Result(
             optimizer=self.optimizer.optimizer,
             steps=self.training.steps,
@@ -289,9 +274,9 @@ class Trainer:
             loss=float(np.mean(losses[-10:])) if losses else None,
             validation=means,
             references=self.task.references,
-            parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
-            optimizer_bytes=state_memory(self.tx, params).total,
-            adamw_bytes=state_memory(optax.adamw(self.schedule), params).total,
+            parameters=memory.num_params,
+            optimizer_bytes=memory.total,
+            adamw_bytes=memory.adamw,
         )
         write_atomically(
             self._summary,

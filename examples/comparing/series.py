@@ -1,6 +1,5 @@
-"""Trains one optimizer many times: learning rates and seeds share one compilation."""
+"""Runs of one optimizer: learning rates and seeds share one compilation."""
 
-import collections
 import dataclasses
 import math
 import time
@@ -11,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 
 from came_optax import state_memory
 from comparing.methods import Method
@@ -21,9 +19,10 @@ from pretraining.task import Task, with_param_dtype
 from pretraining.training import devices
 from pretraining.training.optimizers import OptimizerOptions, make_schedule
 from pretraining.training.step import (
-    TrainState,
-    make_eval_step,
+    make_evaluate,
+    make_init,
     make_train_step,
+    state_shapes,
     state_shardings,
 )
 
@@ -39,8 +38,8 @@ class Settings:
     log_every: int
 
 
-class Trainer:
-    """Trains a task with one method, at any learning rate and seed."""
+class Series:
+    """Runs of one method on one task, at any learning rate and seed."""
 
     def __init__(self, task: Task, method: Method, settings: Settings):
         task = with_param_dtype(task, method.param_dtype)
@@ -61,23 +60,18 @@ class Trainer:
 
         # In the state, so that another learning rate is no reason to compile anew.
         tx = optax.inject_hyperparams(scaled)(peak=1.0)
-
-        def init(seed: jax.Array, peak: jax.Array) -> TrainState:
-            rngs = nnx.Rngs(jax.random.key(seed))
-            params = nnx.state(task.make_model(rngs), nnx.Param)
-            opt_state = optax.tree.set(tx.init(params), peak=peak)
-            return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
-
-        shardings = state_shardings(task, tx, self.mesh)
-        self._init = jax.jit(init, out_shardings=shardings)
+        self._init = make_init(task, tx, self.mesh)
         train_step = make_train_step(task, tx, 1, 0, self.mesh)
         # Many steps a call: a nano model's step is too short to be dispatched singly.
         self._train_steps = jax.jit(
             lambda state, batches: jax.lax.scan(train_step, state, batches),
             donate_argnums=0,
-            out_shardings=(shardings, devices.replicated(self.mesh)),
+            out_shardings=(
+                state_shardings(task, tx, self.mesh),
+                devices.replicated(self.mesh),
+            ),
         )
-        self._eval_step = make_eval_step(task, self.mesh)
+        self._evaluate = make_evaluate(task, self.mesh)
 
     def run(self, learning_rate: float, seed: int, about: dict[str, Any]) -> Run:
         """Trains from the start; the seed chooses weights and the order of the data.
@@ -97,7 +91,9 @@ class Trainer:
         }
         rows: list[dict[str, Any]] = []
         batches = pipeline.train_batches(self.task, settings.batch_size, seed)
-        state = self._init(jnp.int32(seed), jnp.float32(learning_rate))
+        state = self._init(seed)
+        peak = jax.device_put(np.float32(learning_rate), devices.replicated(self.mesh))
+        state = state._replace(opt_state=optax.tree.set(state.opt_state, peak=peak))
         evaluated, diverged = 0, False
         for step in range(settings.log_every, settings.steps + 1, settings.log_every):
             state, metrics = self._train_steps(state, self._stack(batches))
@@ -108,8 +104,11 @@ class Trainer:
             rows.append({"step": step, "loss": round(loss, 4)})
             if step * settings.evaluations // settings.steps > evaluated:
                 evaluated += 1
-                means = self._evaluate(state.params).items()
-                values = {f"validation_{k}": round(v, 5) for k, v in means}
+                held_out = pipeline.validation_batches(
+                    self.task, settings.batch_size, settings.eval_batches
+                )
+                means = self._evaluate(state.params, held_out)
+                values = {f"validation_{k}": round(v, 5) for k, v in means.items()}
                 rows.append({"step": step} | values)
         end = {"step": step, "seconds": round(time.perf_counter() - began, 1)}
         if diverged:
@@ -121,13 +120,11 @@ class Trainer:
 
     def cost(self) -> dict[str, float]:
         """Returns the model's parameters and the optimizer's state for each of them."""
-        params = jax.eval_shape(
-            lambda: nnx.state(self.task.make_model(nnx.Rngs(0)), nnx.Param)
-        )
         schedule = make_schedule(self.options, self.settings.steps)
-        memory = state_memory(self.method.make(self.options, schedule), params)
+        tx = self.method.make(self.options, schedule)
+        memory = state_memory(tx, state_shapes(self.task, tx, self.mesh).params)
         return {
-            "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+            "parameters": memory.num_params,
             "state_bytes_per_parameter": memory.bytes_per_param,
         }
 
@@ -135,17 +132,6 @@ class Trainer:
         taken = [next(batches) for _ in range(self.settings.log_every)]
         stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *taken)
         return devices.put_batch(stacked, self.mesh, axis=1)
-
-    def _evaluate(self, params: Any) -> dict[str, float]:
-        sums = collections.defaultdict(lambda: np.zeros(2))
-        settings = self.settings
-        for batch in pipeline.validation_batches(
-            self.task, settings.batch_size, settings.eval_batches
-        ):
-            batch = devices.put_batch(batch, self.mesh)
-            for name, mean in self._eval_step(params, batch).items():
-                sums[name] += np.asarray(mean, np.float64)
-        return {name: float(total / count) for name, (total, count) in sums.items()}
 
 
 class LargestUpdateState(NamedTuple):
