@@ -23,8 +23,9 @@ from flax import nnx
 from matplotlib.figure import Figure
 from measuring import ROOT, output
 from measuring.compiled_steps import CHIPS, OPTIMIZERS, Results, compile_step, one_chip
+from measuring.updates import gpt2_shapes
 
-from came_optax import memory, state_memory
+from came_optax import state_memory
 from compiling.topologies import Target
 from pretraining.data.pipeline import blank
 from pretraining.models import gpt2
@@ -99,7 +100,7 @@ def find_largest(
         make = functools.partial(compile_step, task, optimizer, target)
         return results.get(chip, optimizer, dtype, layers, make=make)
 
-    xl = memory.abstract_params("gpt2-xl")
+    xl = gpt2_shapes("xl")
     state = state_memory(OPTIMIZERS[optimizer](), xl).bytes_per_param
     # Parameters, gradients, state, and some for activations and temporaries.
     needed = 2 * jnp.dtype(dtype).itemsize + state + 1

@@ -17,8 +17,9 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from measuring import ROOT, output
 from measuring.compiled_steps import CHIPS, OPTIMIZERS, Results, compile_step, one_chip
+from measuring.zoo import abstract_params
 
-from came_optax import memory, state_memory
+from came_optax import state_memory
 from compile_for import make_task
 from compiling.topologies import GIB
 
@@ -35,7 +36,7 @@ PAPER_STEPS = {
 
 
 def state_table() -> str:
-    shapes = {model: memory.abstract_params(model) for model in STATES}
+    shapes = {model: abstract_params(model) for model in STATES}
     return output.table(
         [
             {"state (GB)": name}

@@ -5,9 +5,9 @@ import pathlib
 import re
 
 import jax
-import jax.numpy as jnp
 import optax
 import pytest
+from measuring.zoo import abstract_params
 
 import came_optax
 from came_optax import steady_came
@@ -15,36 +15,6 @@ from came_optax import steady_came
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CODE = re.findall(r"^```python\n(.*?)^```$", README, flags=re.M | re.S)
-
-
-def gpt2_small_params():
-    """The shapes of GPT-2 small, 124 M parameters."""
-
-    def linear(inputs, outputs):
-        return {"kernel": array(inputs, outputs), "bias": array(outputs)}
-
-    def layer_norm():
-        return {"scale": array(768), "bias": array(768)}
-
-    def array(*shape):
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-    def block():
-        return {
-            "ln_1": layer_norm(),
-            "c_attn": linear(768, 3 * 768),
-            "c_proj": linear(768, 768),
-            "ln_2": layer_norm(),
-            "c_fc": linear(768, 4 * 768),
-            "mlp_proj": linear(4 * 768, 768),
-        }
-
-    return {
-        "wte": array(50257, 768),
-        "wpe": array(1024, 768),
-        "h": [block() for _ in range(12)],
-        "ln_f": layer_norm(),
-    }
 
 
 @pytest.mark.parametrize("code", CODE, ids=["pytree", "nnx"])
@@ -77,7 +47,7 @@ def test_code_trains(code):
     ],
 )
 def test_state_table(row, optimizer):
-    params = gpt2_small_params()
+    params = abstract_params("gpt2")
     state = jax.eval_shape(optimizer.init, params)
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     size = sum(

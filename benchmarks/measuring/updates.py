@@ -32,13 +32,20 @@ OPTIMIZERS: dict[str, Any] = {
 def gpt2_shapes(size: str = "small") -> Any:
     """Returns the shapes of a GPT-2's parameters, a leaf for each layer's."""
     config = gpt2.SIZES[size]
-    return _shapes(lambda: gpt2.GPT2(config, rngs=nnx.Rngs(0)))
+    return shapes_of(lambda rngs: gpt2.GPT2(config, rngs=rngs))
 
 
 def bert_shapes(size: str = "base") -> Any:
     """Returns the shapes of a BERT's parameters, a leaf for each layer's."""
     config = bert.SIZES[size]
-    return _shapes(lambda: bert.MaskedLM(config, rngs=nnx.Rngs(0)))
+    return shapes_of(lambda rngs: bert.MaskedLM(config, rngs=rngs))
+
+
+def shapes_of(make_model: Callable[[nnx.Rngs], nnx.Module]) -> Any:
+    """Returns the shapes of a model's parameters."""
+    model = nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
 
 
 def small_shapes(leaves: int = 1000) -> Any:
@@ -78,8 +85,3 @@ def plain() -> Iterator[None]:
     """What is traced within computes CAME as it is written, on every platform."""
     with mock.patch.dict(schedules.BY_PLATFORM, clear=True):
         yield
-
-
-def _shapes(make_model: Callable[[], nnx.Module]) -> Any:
-    params = nnx.to_pure_dict(nnx.state(nnx.eval_shape(make_model), nnx.Param))
-    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)

@@ -1,0 +1,84 @@
+"""What do the optimizers' states take for well-known models?
+
+    python benchmarks/model_states.py                   # All of them, a table.
+    python benchmarks/model_states.py --model llama-8b --optimizer came-int8
+
+Nothing is allocated: a model here is the shapes of its parameters.
+"""
+
+import argparse
+import collections
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import jax
+import optax
+from measuring.zoo import MODELS, abstract_params
+
+from came_optax import came, state_memory
+from pretraining.table import format_table
+
+OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "adamw": partial(optax.adamw, 1e-3),
+    "adafactor": partial(optax.adafactor, 1e-3, momentum=0.9),
+    "adafactor-no-momentum": partial(optax.adafactor, 1e-3),
+    "came": partial(came, 1e-3),
+    "came-bfloat16": partial(came, 1e-3, mu_dtype="bfloat16"),
+    "came-int8": partial(came, 1e-3, mu_dtype="int8"),
+    "came-int4": partial(came, 1e-3, mu_dtype="int4"),
+}
+
+
+_COLUMNS = {
+    "AdamW, float32 parameters": ("adamw", "float32"),
+    "AdamW, bfloat16 parameters": ("adamw", "bfloat16"),
+    "Adafactor": ("adafactor-no-momentum", "bfloat16"),
+    "Adafactor, momentum": ("adafactor", "bfloat16"),
+    "CAME": ("came", "bfloat16"),
+    "CAME, bfloat16": ("came-bfloat16", "bfloat16"),
+    "CAME, int8": ("came-int8", "bfloat16"),
+    "CAME, int4": ("came-int4", "bfloat16"),
+}
+
+
+def table(models: Iterable[str] = MODELS) -> str:
+    """Returns a Markdown table of the states' bytes.
+
+    CAME's are the same for parameters of both dtypes.
+    """
+    rows = [["state (10⁹ bytes)", "parameters (10⁹)", *_COLUMNS]]
+    for model in models:
+        size = sum(math.prod(p.shape) for p in jax.tree.leaves(abstract_params(model)))
+        rows.append([model, f"{size / 1e9:.3f}"])
+        for optimizer, dtype in _COLUMNS.values():
+            rows[-1].append(f"{state_bytes(model, optimizer, dtype) / 1e9:.3f}")
+    return format_table(rows, "<" + ">" * (len(rows[0]) - 1), markdown=True)
+
+
+def state_bytes(model: str, optimizer: str, dtype: str) -> int:
+    """Returns the bytes of a state, tracing one leaf of each shape."""
+    leaves = jax.tree.leaves(abstract_params(model, dtype))
+    counts = collections.Counter(str(leaf.shape) for leaf in leaves)
+    one_of_each = {str(leaf.shape): leaf for leaf in leaves}
+    by_leaf = state_memory(OPTIMIZERS[optimizer](), one_of_each).by_leaf
+    return sum(counts.get(name, 1) * size for name, size in by_leaf.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, help="default: a table of all")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="came")
+    parser.add_argument(
+        "--param-dtype", choices=["float32", "bfloat16"], default="float32"
+    )
+    args = parser.parse_args()
+    if args.model is None:
+        print(table())
+    else:
+        params = abstract_params(args.model, args.param_dtype)
+        print(state_memory(OPTIMIZERS[args.optimizer](), params))
+
+
+if __name__ == "__main__":
+    main()

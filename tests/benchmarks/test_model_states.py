@@ -1,0 +1,90 @@
+"""Well-known models: their sizes as published, the bytes of their states."""
+
+import math
+import pathlib
+import subprocess
+import sys
+
+import jax
+import model_states
+import pytest
+from measuring.zoo import MODELS, abstract_params
+from model_states import OPTIMIZERS, state_bytes, table
+
+from came_optax import state_memory
+
+SCRIPT = model_states.__file__
+RESULTS = pathlib.Path(__file__).parents[2] / "docs" / "results" / "memory"
+
+
+@pytest.mark.parametrize(
+    ("model", "millions"),
+    [
+        ("bert-large", 335),
+        ("gpt2", 124),
+        ("gpt2-xl", 1558),
+        ("t5-3b", 2850),
+        ("t5-11b", 11307),
+    ],
+)
+def test_models_have_their_published_sizes(model, millions):
+    assert size(model) / 1e6 == pytest.approx(millions, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("model", "published"),
+    [
+        ("llama-1b", 1_235_814_400),
+        ("llama-8b", 8_030_261_248),
+        ("llama-13b", 13_015_864_320),
+        ("llama-70b", 70_553_706_496),
+        ("gemma-1b", 999_885_952),
+        ("gemma-7b", 8_537_680_896),
+        ("gemma-12b", 11_766_034_176),
+        ("gemma-27b", 27_009_346_304),
+        ("qwen-2b", 1_720_574_976),
+        ("qwen-8b", 8_190_735_360),
+        ("qwen-14b", 14_768_307_200),
+        ("qwen-72b", 72_706_203_648),
+    ],
+)
+def test_decoders_have_their_published_sizes_to_the_last_parameter(model, published):
+    assert size(model) == published
+
+
+def size(model):
+    return sum(math.prod(p.shape) for p in jax.tree.leaves(abstract_params(model)))
+
+
+def test_the_documented_table_is_what_the_command_prints():
+    committed = (RESULTS / "models.md").read_text(encoding="utf-8")
+    assert committed == f"{table()}\n"
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_table_counts_whole_states(optimizer):
+    for dtype in ("float32", "bfloat16"):
+        whole = state_memory(OPTIMIZERS[optimizer](), abstract_params("gpt2", dtype))
+        assert state_bytes("gpt2", optimizer, dtype) == whole.total
+    if optimizer.startswith("came"):  # One column for both.
+        assert whole.total == state_bytes("gpt2", optimizer, "float32")
+
+
+def test_the_command():
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--model=gpt2"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    expected = state_memory(OPTIMIZERS["came"](), abstract_params("gpt2"))
+    assert done.stdout == f"{expected}\n"
+    wrong = subprocess.run(
+        [sys.executable, SCRIPT, "--model=gpt5"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert wrong.returncode == 2
+    assert "invalid choice: 'gpt5'" in wrong.stderr
+    assert all(name in wrong.stderr for name in MODELS)
