@@ -14,6 +14,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from measuring import ROOT
 from measuring.output import table
 from on_accelerator import recorder
@@ -293,7 +294,7 @@ def image(path: pathlib.Path, alt: str) -> str:
     )
 
 
-def save(figure: plt.Figure, path: pathlib.Path) -> None:
+def save(figure: Figure, path: pathlib.Path) -> None:
     figure.savefig(path, transparent=True, metadata={"Date": None})
     plt.close(figure)
 

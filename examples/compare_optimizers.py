@@ -123,6 +123,7 @@ def make_task(options: CompareOptions, text: corpus.TextOptions) -> Task:
 def compare(task: Task, name: str, settings: Settings, seeds: int, log: Log) -> None:
     """Does the runs of one method that are not done yet."""
     method, series = METHODS[name], None
+    assert method.options.learning_rate is not None  # Where the search begins.
     first = search.index_of(method.options.learning_rate)
 
     def loss(index: int, seed: int) -> float:

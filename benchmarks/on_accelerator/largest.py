@@ -18,7 +18,7 @@ from measuring.compiled_steps import in_float32
 
 from came_optax import steady_came
 from on_accelerator.machine import memory_limit
-from on_accelerator.recorder import Recorder, describe
+from on_accelerator.recorder import Recorder, Skipped, describe
 from on_accelerator.training_step import bytes_needed
 from pretraining.task import Task, with_param_dtype
 from pretraining.training import devices
@@ -58,8 +58,10 @@ def run(record: Recorder, optimizer: str, param_dtype: str) -> None:
     if record.nano:
         limit, guess = step_of(NANO_LAYERS).bytes, NANO_LAYERS
     else:
-        limit = memory_limit(device)
-        each = BYTES_PER_PARAMETER[optimizer, param_dtype]
+        known = memory_limit(device)
+        if known is None:
+            raise Skipped("JAX tells no limit of this device's memory")
+        limit, each = known, BYTES_PER_PARAMETER[optimizer, param_dtype]
         guess = layers_of(limit / each)
 
     def measure(layers: int) -> dict[str, Any]:

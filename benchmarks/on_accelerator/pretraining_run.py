@@ -124,7 +124,8 @@ def train(
         return step >= steps // 2 or too_late(step)
 
     output.mkdir()
-    resumed_at, result = [], None
+    resumed_at: list[int] = []
+    result = None
     stop_when = half_way if interrupts else too_late
     while result is None and not (resumed_at and too_late(0)):
         trainer = Trainer(task, optimizer, training, output, resume=bool(resumed_at))

@@ -116,13 +116,14 @@ def compile_all(
 
 def lowerings(model: str, dtype: Any, nano: bool) -> dict[str, Callable[[Any], Any]]:
     """Returns by name what lowers an update, given gradients, beside its `init`."""
+    chosen: tuple[str, ...]
     if nano:
         chosen = NANO
     elif model == "bert-large":
         chosen = FEW
     else:
         chosen = (*OPTIMIZERS, *PLAIN, FLASH)
-    found = {
+    found: dict[str, Callable[[Any], Any]] = {
         name: partial(lower_optax, make, dtype)
         for name, make in OPTIMIZERS.items()
         if name in chosen

@@ -49,8 +49,8 @@ def run(record: Recorder) -> None:
     cases = [(form, d, "float32") for form in FORMS for d in MU_DTYPES[record.size]]
     cases.append(("steady_came", "int8", "bfloat16"))
     with ThreadPoolExecutor(4) as pool:  # Nearly all of it is compilation.
-        found = [pool.submit(compare, *case, SHAPES[record.size]) for case in cases]
-        for (form, mu_dtype, param_dtype), future in zip(cases, found, strict=True):
+        futures = [pool.submit(compare, *case, SHAPES[record.size]) for case in cases]
+        for (form, mu_dtype, param_dtype), future in zip(cases, futures, strict=True):
             case = {"case": form, "mu_dtype": mu_dtype, "param_dtype": param_dtype}
             with record.attempt(**case):
                 record.write(**case, **future.result())

@@ -71,7 +71,7 @@ def _flash_adamw(options: OptimizerOptions, schedule: optax.Schedule) -> Any:
         1.0, b2=0.999, weight_decay=0.0, master_weight_bits=None, fused=False
     )
 
-    def update(updates: Any, state: Any, params: Any) -> Any:
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
         after, state = flash.step(params, state, updates)
         # Down by one learning rate of 1.
         return jax.tree.map(lambda a, b: b - a, after, params), state

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -52,7 +52,7 @@ class Series:
         shape = make_schedule(self.options, settings.steps)
 
         def scaled(peak: jax.Array) -> optax.GradientTransformation:
-            def schedule(count: jax.Array) -> jax.Array:
+            def schedule(count: Any) -> Any:
                 return peak * shape(count)
 
             update_rule = method.make(self.options, schedule)
@@ -142,18 +142,20 @@ class LargestUpdateState(NamedTuple):
         largest_update: The largest RMS of a leaf's update over the learning rate.
     """
 
-    count: jax.Array
+    count: Any  # A tuple's method for mypy.
     largest_update: jax.Array
 
 
-def record_largest_update(schedule: optax.Schedule) -> optax.GradientTransformation:
+def record_largest_update(
+    schedule: Callable[[Any], Any],
+) -> optax.GradientTransformation:
     """Passes updates through and keeps the largest RMS / learning rate seen."""
 
     def init(params: Any) -> LargestUpdateState:
         del params
         return LargestUpdateState(jnp.zeros((), jnp.int32), jnp.zeros(()))
 
-    def update(updates: Any, state: LargestUpdateState, params: Any = None) -> Any:
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
         del params
         rms = [jnp.sqrt(jnp.mean(jnp.square(u))) for u in jax.tree.leaves(updates)]
         largest = jnp.max(jnp.stack(rms)) / schedule(state.count)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from comparing import search
 from comparing.methods import REFERENCE
 from comparing.summary import Summary, best_of, spread
+from pretraining.table import format_table
 
 # In a second table, which keeps the first one as wide as a page.
 DETAILS = (
@@ -33,13 +34,12 @@ def make_tables(summaries: Sequence[Summary], known: Sequence[Summary]) -> str:
         for summary in sorted(summaries, key=lambda s: s.finals().mean())
     ]
     names = [name for name in rows[0] if name not in DETAILS]
-    return _format(rows, names) + "\n" + _format(rows, ["", *DETAILS])
+    return f"{_format(rows, names)}\n\n{_format(rows, ['', *DETAILS])}\n"
 
 
 def _format(rows: Sequence[Mapping[str, str]], names: Sequence[str]) -> str:
-    lines = [names, ["---"] + ["---:"] * (len(names) - 1)]
-    lines += [[row[name] for name in names] for row in rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    cells = [names, *([row[name] for name in names] for row in rows)]
+    return format_table(cells, "<" + ">" * (len(names) - 1), markdown=True)
 
 
 def _row(
