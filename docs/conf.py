@@ -2,12 +2,15 @@
 
 import pathlib
 import re
-from urllib.parse import unquote, urlsplit
+import sys
 
-from bs4 import BeautifulSoup
 from sphinx.errors import ExtensionError
 
 import came_optax
+
+HERE = pathlib.Path(__file__).parent
+sys.path.insert(0, str(HERE / "_ext"))
+import links  # noqa: E402
 
 project = "came-optax"
 author = "The came-optax authors"
@@ -18,11 +21,14 @@ extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
+    "sphinx.ext.intersphinx",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx-mathjax-offline",  # MathJax as a part of the site, not of a CDN's.
     "sphinx_copybutton",
+    "links",  # These two stand in _ext.
+    "pages",
 ]
 exclude_patterns = ["_build", "results"]
 templates_path = ["_templates"]
@@ -31,6 +37,11 @@ myst_heading_anchors = 2
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600  # seconds
+
+# Made here from a list, so that no build needs a network.
+intersphinx_mapping = links.mapping(
+    HERE / "inventories.txt", HERE / "_build" / "inventories"
+)
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
@@ -49,37 +60,7 @@ html_theme_options = {"navbar_persistent": [], "show_navbar_depth": 1}
 
 copybutton_exclude = ".linenos, .gp, .go"
 
-_api = (pathlib.Path(__file__).parent / "api.md").read_text(encoding="utf-8")
+_api = (HERE / "api.md").read_text(encoding="utf-8")
 _listed = set(re.findall(r"^   (\w+)$", _api, flags=re.M))
 if missing := set(came_optax.__all__) - {"__version__"} - _listed:
     raise ExtensionError(f"api.md lacks {', '.join(sorted(missing))}")
-
-
-def check_links(app, exception):
-    """Fails on links to pages, files or anchors of this site that aren't there."""
-    if exception or app.builder.format != "html":
-        return
-    pages = {
-        path.resolve(): BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
-        for path in pathlib.Path(app.outdir).rglob("*.html")
-        if "_static" not in path.parts  # the theme's templates
-    }
-    broken = []
-    for page, soup in pages.items():
-        for tag in soup.select("[href], [src]"):
-            link = tag.get("href") or tag.get("src")
-            url = urlsplit(link)
-            if url.scheme or url.netloc:
-                continue
-            target = (page.parent / unquote(url.path)).resolve() if url.path else page
-            anchor = unquote(url.fragment)
-            if not target.is_file() or (
-                anchor and target in pages and not pages[target].find(id=anchor)
-            ):
-                broken.append(f"{page.name}: {link}")
-    if broken:
-        raise ExtensionError("broken links: " + ", ".join(broken))
-
-
-def setup(app):
-    app.connect("build-finished", check_links)

@@ -1,6 +1,10 @@
 """The documentation's code runs: blocks in pages, and the notebook."""
 
+import contextlib
+import importlib
+import io
 import json
+import operator
 import pathlib
 import re
 
@@ -52,3 +56,26 @@ def test_notebook_trains():
     assert names["STEPS"] == 110
     for losses in names["results"].values():
         assert losses[-10:].mean() < losses[:10].mean() - 1
+
+
+def test_memory_page_shows_what_is_printed():
+    text = (DOCS / "memory.md").read_text(encoding="utf-8")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        run(blocks(DOCS / "memory.md"))
+    shown = re.search(r"^```\n( +shape +rows.*?)^```$", text, flags=re.M | re.S)
+    assert shown and printed.getvalue().endswith(shown[1])
+
+
+NAMES = re.findall(
+    r"^(\w+\.\S+) (?!https:)",
+    (DOCS / "inventories.txt").read_text(encoding="utf-8"),
+    flags=re.M,
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_that_link_to_other_projects_exist(name):
+    root, _, rest = name.partition(".")
+    module = {"nnx": "flax.nnx", "nn": "flax.linen"}.get(root, root)
+    assert operator.attrgetter(rest)(importlib.import_module(module))

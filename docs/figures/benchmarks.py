@@ -51,7 +51,7 @@ def main():
         axes.grid(axis="x", alpha=0.3)
         axes.legend(loc="lower left")
     path = pathlib.Path(__file__).with_suffix(".svg")
-    figure.savefig(path, transparent=True, metadata={"Date": None})
+    figure.savefig(path, metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def main():
         frameon=False,
     )
     path = pathlib.Path(__file__).with_suffix(".svg")
-    figure.savefig(path, transparent=True, metadata={"Date": None})
+    figure.savefig(path, metadata={"Date": None})
 
 
 if __name__ == "__main__":
