@@ -118,8 +118,8 @@ def scale_by_came(
       eps2: added to the instability, :math:`\varepsilon_2`; ≥ 1e-30.
       clipping_threshold: largest root mean square of u, :math:`d`; > 0, or None.
       factoring: which axes of each leaf are rows and columns: a rule, or its repr.
-      mu_dtype: how momentum is stored: ``"float32"``, ``"bfloat16"``, ``"int8"`` or
-        ``"int4"``.
+      mu_dtype: how momentum is stored: ``"float32"``, ``"bfloat16"`` (for a b1 of up to
+        0.996), ``"int8"`` or ``"int4"``.
       nesterov: the update takes :math:`\beta_1 m + (1 - \beta_1) u` for :math:`m`, as
         in ``optax.adam``.
       bias_correction: correct the second moment, the momentum of the update and the
@@ -222,7 +222,8 @@ def came(
       factoring: which axes of each leaf are rows and columns: a rule, or its repr.
       mu_dtype: how momentum is stored: ``"float32"`` (float64 for float64 parameters),
         ``"bfloat16"``, ``"int8"`` or ``"int4"``; in 8 and 4 bits with a scale for each
-        row and column, and float32 in leaves of fewer than 4096 elements.
+        row and column, and float32 in leaves of fewer than 4096 elements. With a b1
+        above 0.996 bfloat16 does not forget: see :func:`scale_by_confidence`.
       nesterov: the update takes :math:`\beta_1 m + (1 - \beta_1) u` for :math:`m`, as
         in ``optax.adam``.
       bias_correction: correct the second moment, the momentum of the update and the
@@ -321,7 +322,8 @@ def steady_came(
         True where weight decay applies.
       factoring: which axes of each leaf are rows and columns.
       mu_dtype: how momentum is stored: None or float32 (float64 for float64
-        parameters), bfloat16, int8 or int4, as a dtype or its name.
+        parameters), bfloat16 (for a b1 of up to 0.996), int8 or int4, as a dtype or its
+        name.
       nesterov: whether the update looks one step ahead.
       bias_correction: whether averages are corrected for their start at zero.
       update_clipping_threshold: largest root mean square of a leaf's final update,

@@ -73,6 +73,9 @@ def scale_by_confidence(
         that stores it uses the unrounded momentum. Integers are codes with a scale for
         each row and column; leaves of fewer than 4096 elements, and those whose codes
         and scales would take no less, stay float32, and complex momentum complex.
+        bfloat16 is rounded to nearest, as in ``optax.adam``: where gradients stay 0 and
+        b1 is above 0.996, momentum is rounded to what it was, and stays. Codes, which
+        are rounded up or down by turns, decay at any b1.
       nesterov: look one step ahead: the update takes
         :math:`\beta_1 m + (1 - \beta_1) u` for :math:`m`.
       bias_correction: divide the instability by :math:`1 - \beta_3^t` and the momentum

@@ -52,7 +52,8 @@ def quantized_ema(
       nesterov: look one step ahead.
       debias: divide m by :math:`1 - \beta^t`, for its start at zero.
       mu_dtype: how the average is stored: None or float32 (float64 for float64
-        parameters), bfloat16, int8 or int4, as a dtype or its name.
+        parameters), bfloat16 (for a decay of up to 0.996), int8 or int4, as a dtype or
+        its name.
       factoring: which axes of each leaf are the rows and columns that share a scale.
 
     Returns:

@@ -1,5 +1,7 @@
 """A running job goes on under another optimizer, momentum dtype, rule or mesh."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,17 +117,28 @@ def test_the_same_optimizer_changes_nothing():
     )
 
 
-LAST, BALANCED, _ = RULES = [
+LAST, BALANCED, STACKED = RULES = [
     LastTwoAxes(),
     BalancedSplit(),
     Stacked(BalancedSplit(), where="query"),
 ]
 
 
+@functools.cache
+def after_50_steps(rule, mu_dtype):
+    params = make_params()
+    tx = steady_came(SCHEDULE, factoring=rule, mu_dtype=mu_dtype)
+    return train(tx, tx.init(params), params, range(50))[1]
+
+
 @pytest.mark.parametrize(
     ("rule", "new_rule", "mu_dtype"),
     [
         (LAST, BALANCED, "float32"),
+        (BALANCED, LAST, "float32"),
+        (LAST, STACKED, "int8"),
+        (STACKED, BALANCED, "int4"),
+        (BALANCED, STACKED, "int4"),
     ],
 )
 def test_other_rules(rule, new_rule, mu_dtype):
@@ -133,9 +146,9 @@ def test_other_rules(rule, new_rule, mu_dtype):
     old, new = (
         steady_came(SCHEDULE, factoring=r, mu_dtype=mu_dtype) for r in (rule, new_rule)
     )
-    _, state = train(old, old.init(params), params, range(50))
+    state, from_start = (after_50_steps(r, mu_dtype) for r in (rule, new_rule))
     converted = convert_state(state, params, old=old, new=new)
-    _, from_start = train(new, new.init(params), params, range(50))
+    assert jax.tree.map(jnp.shape, converted) == jax.tree.map(jnp.shape, from_start)
     for name in ("v_row", "v_col", "v", "s_row", "s_col"):
         for leaf in params:
             x, y = (getattr(s[0], name)[leaf] for s in (converted, from_start))
@@ -197,13 +210,18 @@ ADAMS = {
 
 
 @pytest.mark.parametrize(
-    ("adam", "mu_dtype"), [*((adam, "int8") for adam in ADAMS), ("adamw", "float32")]
+    ("adam", "mu_dtype", "rule"),
+    [
+        *((adam, "int8", LAST) for adam in ADAMS),
+        ("adamw", "float32", BALANCED),
+        ("adamw", "int4", STACKED),
+    ],
 )
-def test_adam(adam, mu_dtype):
+def test_adam(adam, mu_dtype, rule):
     """After it has averaged for long enough, CAME goes where Adam would have gone."""
     params = make_params()
     old = ADAMS[adam]()
-    new = steady_came(SCHEDULE, mu_dtype=mu_dtype)
+    new = steady_came(SCHEDULE, mu_dtype=mu_dtype, factoring=rule)
     _, state = train(old, old.init(params), params, range(100))
     converted = jax.jit(lambda s, p: convert_state(s, p, old=old, new=new))(
         state, params
@@ -282,23 +300,48 @@ def test_masked_parameters():
     np.testing.assert_allclose(converted.inner_state[0].mu["bias"], m, rtol=1e-5)
 
 
-def test_on_another_mesh():
+def placed(*shape):
+    """Returns shardings of the parameters on a mesh of this shape."""
+    mesh = jax.make_mesh(shape, ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    specs = {"kernel": P("fsdp", "tensor"), "query": P(None, "fsdp", "tensor")}
+    return {name: NamedSharding(mesh, specs.get(name, P())) for name in SHAPES}
+
+
+@pytest.mark.parametrize(
+    ("rule", "mu_dtype", "new_rule", "new_dtype"),
+    [
+        (LAST, "float32", LAST, "int8"),
+        (LAST, "int8", STACKED, "int4"),
+        (STACKED, "int4", BALANCED, "bfloat16"),
+    ],
+)
+def test_on_another_mesh(rule, mu_dtype, new_rule, new_dtype):
+    """What ran on one mesh goes on on another as it would on one device."""
     params = make_params()
-    old, new = steady_came(1e-3), steady_came(1e-3, mu_dtype="int8")
-    _, state = train(old, old.init(params), params, range(3))
-    mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
-    shardings = {name: NamedSharding(mesh, P()) for name in params}
-    shardings["kernel"] = NamedSharding(mesh, P("fsdp", "tensor"))
+    old = steady_came(1e-3, mu_dtype=mu_dtype, factoring=rule)
+    new = steady_came(1e-3, mu_dtype=new_dtype, factoring=new_rule)
+    here, there = placed(8, 1), placed(2, 4)
+    init = jax.jit(old.init, out_shardings=state_sharding(old, params, here))
+    on_here = jax.device_put(params, here)
+    _, state = train(old, init(on_here), on_here, range(3))
+    alone = jax.device_get(state)
+
+    moved = jax.device_put(state, state_sharding(old, params, there))
+    on_there = jax.device_put(params, there)
     converted = jax.jit(
         lambda state, params: convert_state(state, params, old=old, new=new),
-        out_shardings=state_sharding(new, params, shardings),
-    )(state, jax.device_put(params, shardings))
-    assert converted[0].mu["kernel"].values.sharding.spec == P("fsdp", "tensor")
+        out_shardings=state_sharding(new, params, there),
+    )(moved, on_there)
+    mu = converted[0].mu["kernel"]
+    values = mu if new_dtype == "bfloat16" else mu.values
+    assert values.sharding.spec == P("fsdp", "tensor")
     assert converted[0].v_col["kernel"].sharding.spec == P("tensor")
-    expected = convert_state(state, params, old=old, new=new)
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), converted, expected
-    )
+    expected = convert_state(alone, params, old=old, new=new)
+    updates, _ = train(new, converted, on_there, range(3, 4))
+    expected_updates, _ = train(new, expected, params, range(3, 4))
+    for name in params:
+        x, y = updates[name], expected_updates[name]
+        np.testing.assert_allclose(x, y, atol=1e-3 * float(y.std()), err_msg=name)
 
 
 def test_flax_boxes():

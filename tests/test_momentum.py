@@ -145,6 +145,25 @@ def test_momentum_decays_with_a_slow_rate_too(mu_dtype: str) -> None:
     assert left_after(mu_dtype, 100, b1=0.99, **gradient) < 1.5 * exact
 
 
+@pytest.mark.parametrize("b1, forgets", [(0.9, True), (0.996, True), (0.998, False)])
+def test_the_slowest_rate_at_which_bfloat16_forgets(b1: float, forgets: bool) -> None:
+    """The docstring of ``mu_dtype`` says so; float32 and codes always forget."""
+    tx = scale_by_came(b1=b1, mu_dtype="bfloat16")
+    g = normal((8, 8))
+
+    def step(state: Any, _: None) -> Any:
+        return tx.update(jnp.zeros_like(g), state)[1], None
+
+    @jax.jit
+    def run() -> Any:
+        _, state = tx.update(g, tx.init(g))
+        return state.mu, jax.lax.scan(step, state, None, 3000)[0].mu
+
+    before, after = run()
+    left = jnp.abs(after.astype("float32") / before.astype("float32"))
+    assert (left.max() < 1e-4) if forgets else (left.min() > 0.5)
+
+
 @quantized
 @pytest.mark.parametrize("size", [2.0**-110, 2.0**-60, 2.0**60, 2.0**126])
 def test_tiny_and_huge_values(size: float, mu_dtype: str) -> None:
