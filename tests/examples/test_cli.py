@@ -243,6 +243,27 @@ def test_what_is_no_fault_of_the_program_is_a_line(
         assert rest == []
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (AssertionError(), "JAX_PLATFORMS=cuda: there is no such device"),
+        (RuntimeError("No libtpu.so"), "JAX_PLATFORMS=cuda: No libtpu.so"),
+    ],
+)
+def test_a_platform_that_is_not_there_is_a_line(
+    error: Exception,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    def default_backend() -> str:
+        raise error
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr(jax, "default_backend", default_backend)
+    assert run([], monkeypatch, capsys) == (2, f"pretrain_gpt2.py: {message}\n")
+
+
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch):
     def main() -> None:
         raise RuntimeError("a bug")

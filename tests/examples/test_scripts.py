@@ -129,6 +129,7 @@ def rows_without_speed() -> list[dict[str, float]]:
         ("t5", ["--seq-len=5"], "--seq-len 5: must be from 6 to about 1,800"),
         ("t5", ["--vocab-size=110"], "--vocab-size 110: "),
         ("finetune", ["--seq-len=17"], "--seq-len 17: model has 16 positions at most"),
+        ("finetune", ["--seq-len=1"], "--seq-len 1: must be at least 3"),
         ("finetune", ["--pretrained=."], "config.json: No such file or directory"),
         ("finetune", ["--csv=missing.csv"], "missing.csv: No such file or directory"),
         ("finetune", ["--dropout=1"], "'1' is not a number from 0 to below 1"),

@@ -16,6 +16,17 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
+def test_a_vocabulary_of_a_large_text_is_learnt_from_a_part_of_it():
+    size = sum(map(len, DOCUMENTS))
+    assert tokenization.sample(DOCUMENTS, size) is DOCUMENTS
+    part = tokenization.sample(DOCUMENTS, size // 3)
+    assert sum(map(len, part)) == pytest.approx(size / 3, rel=0.1)
+    assert set(part) < set(DOCUMENTS)
+    # Of more text it is a part of the same documents.
+    assert set(tokenization.sample([*DOCUMENTS, "more"], size // 3)) <= {*part, "more"}
+    assert tokenization.sample(DOCUMENTS[:1], 1) == DOCUMENTS[:1]
+
+
 def test_wordpiece():
     tokenizer = masking.wordpiece(DOCUMENTS, 100)
     ids = [tokenizer.token_to_id(token) for token in masking.SPECIAL]

@@ -19,6 +19,7 @@ from pretraining.files import write_atomically
 
 END_OF_TEXT = "<|endoftext|>"
 BATCH = 4_000_000  # Characters encoded at once.
+SAMPLE = 100_000_000  # Characters that are enough to learn a vocabulary from.
 
 
 class Tokens(NamedTuple):
@@ -44,12 +45,21 @@ def learn_and_encode(
         start: A token put before each document.
     """
     train, validation = corpus.split(corpus.load(text))
-    tokenizer = learn(train, vocab_size)
+    tokenizer = learn(sample(train, SAMPLE), vocab_size)
     return Tokens(
         tokenizer,
         encode(tokenizer, train, start),
         encode(tokenizer, validation, start),
     )
+
+
+def sample(documents: Sequence[str], size: int) -> Sequence[str]:
+    """Returns documents with about so many characters; their own hashes decide."""
+    fraction = size / sum(map(len, documents))
+    if fraction >= 1:
+        return documents
+    # A few huge ones may all lie on the other side.
+    return [d for d in documents if corpus.unit_hash(d) > 1 - fraction] or documents
 
 
 def byte_level_bpe(documents: Sequence[str], vocab_size: int) -> Tokenizer:

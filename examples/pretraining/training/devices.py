@@ -30,6 +30,9 @@ def connect() -> None:
 
     TPU slices and Slurm tell JAX what it needs. Elsewhere JAX_COORDINATOR_ADDRESS
     (host:port of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID do.
+
+    Raises:
+        UserError: JAX_PLATFORMS asks for devices that are not there.
     """
     if "JAX_NUM_PROCESSES" in os.environ:
         jax.distributed.initialize(
@@ -38,6 +41,12 @@ def connect() -> None:
         )
     elif _is_slurm_task() or _has_tpu():
         jax.distributed.initialize()
+    if platforms := os.environ.get("JAX_PLATFORMS"):
+        try:
+            jax.default_backend()
+        except (RuntimeError, AssertionError) as error:  # CUDA without a GPU asserts.
+            reason = " ".join(str(error).split())[:200] or "there is no such device"
+            raise UserError(f"JAX_PLATFORMS={platforms}: {reason}") from error
     if jax.distributed.is_initialized() and not is_first_process():
         sys.stdout = open(os.devnull, "w")
 
