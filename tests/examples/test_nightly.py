@@ -4,6 +4,7 @@
 ends with the bits of one that nothing stopped, or is refused in a line that leads on.
 """
 
+import functools
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from pretraining.training.step import TrainState
 pytestmark = pytest.mark.nightly
 
 ROOT = Path(__file__).parents[2]
-FLIPS, DAMAGED, KILLS = 150, 50, 11
+FLIPS, DAMAGED, SEQUENCES = 150, 50, 11
 SHORT = (
     *("--batch-size", "8", "--seq-len", "16", "--steps", "12", "--log-every", "1"),
     *("--eval-every", "6", "--eval-batches", "1", "--checkpoint-every", "4"),
@@ -132,7 +134,7 @@ def test_no_damaged_file_is_loaded(saved: Path):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with texts, documents, a CSV file and a pretrained BERT."""
+    """A folder with a text, documents and a CSV file."""
     folder = tmp_path_factory.mktemp("kills")
     lines = [f"The quick brown fox {i} jumps over {i * i} dogs.\n" for i in range(400)]
     (folder / "text.txt").write_text("".join(lines))
@@ -142,22 +144,26 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(40):
         document = "".join(lines[10 * i : 10 * i + 10])
         (folder / "documents" / f"{i}.txt").write_text(document)
-    finish(start(folder, "pretrain_bert", "bert", *SCRIPTS["pretrain_bert"]))
     return folder
 
 
 def start(folder: Path, script: str, output: str, *arguments: str) -> Any:
+    flag = "--folder" if script == "gpt2_in_one_file" else "--output"
+    path = str(ROOT / "examples" / f"{script}.py")
+    return launch(folder, [sys.executable, path, flag, output, *arguments])
+
+
+def launch(folder: Path, command: list[str]) -> Any:
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "XDG_CACHE_HOME": str(folder / "cache"),
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "XLA_FLAGS": "",
+        "TF_CPP_MIN_LOG_LEVEL": "3",  # On a busy machine it warns of slow compilation.
     }
-    flag = "--folder" if script == "gpt2_in_one_file" else "--output"
-    path = str(ROOT / "examples" / f"{script}.py")
     return subprocess.Popen(
-        [sys.executable, path, flag, output, *arguments],
+        command,
         cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,
@@ -169,15 +175,48 @@ def start(folder: Path, script: str, output: str, *arguments: str) -> Any:
 def finish(process: Any) -> float:
     began = time.monotonic()
     _, error = process.communicate()
-    assert process.returncode == 0, error
+    assert (process.returncode, error) == (0, "")
     return time.monotonic() - began
 
 
-def arguments_to_go_on(folder: Path, script: str) -> tuple[str, ...]:
-    """As a user who reads what is in the folder would go on."""
-    if "batch-size" in " ".join(SCRIPTS[script]) and runs.steps(folder):
-        return ("--resume",)
-    return SCRIPTS[script]
+def signs_of(script: str) -> dict[str, str]:
+    """Patterns of what is in a run's folder when it is about to save, and to end."""
+    if script == "compare_optimizers":
+        return {"first": "runs.jsonl", "last": "*.md"}
+    states = "" if script == "gpt2_in_one_file" else "checkpoints/"
+    return {"first": f"{states}*4*", "last": f"{states}12"}
+
+
+def go_on(place: Path, name: str, script: str, error: str) -> Any:
+    """Starts what is to be started next, as a user would who reads."""
+    if "Continue: " in error:
+        return launch(place, ["sh", "-c", "exec " + error.partition(" && ")[2]])
+    if script.startswith(("pretrain", "finetune")) and runs.steps(place / name):
+        return start(place, script, name, "--resume")
+    return start(place, script, name, *SCRIPTS[script])
+
+
+def wait(process: Any, folder: Path, sign: str, rng: random.Random) -> None:
+    """Waits for an instant soon after the folder has what the sign stands for."""
+    while process.poll() is None and not any(folder.glob(sign)):
+        time.sleep(0.001)
+    time.sleep(rng.choice([0.05, 0.5, 2]) * rng.random())
+
+
+def check_told(script: str, process: Any, number: int, error: str) -> None:
+    """A kill by a signal says nothing, all else ends in a line that leads on."""
+    lines, code = error.splitlines(), process.returncode
+    if number == signal.SIGINT and code in (1, -number):
+        # Python's own way to stop: all that the file alone has, and what others have
+        # before their first line.
+        assert script == "gpt2_in_one_file" or "pretraining" not in error
+    elif number != signal.SIGKILL and code == 130:
+        assert lines[0].startswith(f"{script}.py: interrupted")
+        assert "saved in" not in lines[0] or lines[1].startswith("Continue: cd ")
+        assert len(lines) == 1 + ("saved in" in lines[0])
+    else:
+        assert code in (0, -number)
+        assert lines == []
 
 
 def outcome(folder: Path, script: str) -> Any:
@@ -185,17 +224,16 @@ def outcome(folder: Path, script: str) -> Any:
     if script == "compare_optimizers":
         rows = [
             json.loads(line)
-            for path in sorted((folder / "runs").rglob("*.jsonl"))
-            for line in path.read_text().splitlines()
+            for line in (folder / "runs.jsonl").read_text().splitlines()
         ]
-        return [
-            {k: row[k] for k in row if "seconds" not in k and "_ms" not in k}
-            for row in rows
-        ]
-    states = folder if script == "gpt2_in_one_file" else folder / "checkpoints"
-    item = "default" if script == "gpt2_in_one_file" else "state"
+        for row in rows:
+            for inner in row.get("rows", ()):
+                inner.pop("seconds", None)
+        assert len(rows) > 3
+        return rows
+    name = "12/default" if script == "gpt2_in_one_file" else "checkpoints/12/state"
     with ocp.StandardCheckpointer() as checkpointer:
-        state = checkpointer.restore((states / "12" / item).absolute())
+        state = checkpointer.restore((folder / name).absolute())
     if script == "gpt2_in_one_file":
         return state
     lines = (folder / "metrics.jsonl").read_text().splitlines()
@@ -209,36 +247,70 @@ def outcome(folder: Path, script: str) -> Any:
     return state, rows, exported
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_killed_at_random_instants_ends_with_the_same_bits(place: Path, script: str):
-    straight = f"{script}-straight"
-    finish(start(place, script, straight, *SCRIPTS[script]))  # Fills the caches.
-    shutil.rmtree(place / straight)
-    seconds = finish(start(place, script, straight, *SCRIPTS[script]))
-    expected = outcome(place / straight, script)
-    rng = random.Random(script)
-    for k in range(KILLS):
-        name = f"{script}-{k}"
-        for _ in range(rng.randint(1, 3)):
-            arguments = arguments_to_go_on(place / name, script)
-            process = start(place, script, name, *arguments)
-            number = rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-            after = rng.uniform(0, seconds)
-            time.sleep(after)
-            process.send_signal(number)
-            if number == signal.SIGINT and rng.random() < 0.3:
-                time.sleep(rng.uniform(0, 0.5))
-                process.send_signal(number)  # Impatient.
-            _, error = process.communicate()
-            what = f"{name}: {number.name} after {after:.2f} s: {error}"
-            print(what)
-            allowed = {0, -number, 130} - {130 if number == signal.SIGKILL else None}
-            assert process.returncode in allowed, what
-            # While Python imports, it is not yet ours to say a line.
-            assert "Traceback" not in error or "import" in error, what
-        arguments = arguments_to_go_on(place / name, script)
-        process = start(place, script, name, *arguments)
-        finish(process)
-        found = outcome(place / name, script)
-        jax.tree.map(np.testing.assert_array_equal, found, expected)
+@pytest.fixture
+def default_signals() -> Iterator[None]:
+    """A process started in the background would hand on that SIGINT is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="module")
+def straight(place: Path) -> Callable[[str], tuple[float, Any]]:
+    """Returns what a script leaves that nothing stops, and how long it takes."""
+
+    @functools.cache
+    def run(script: str) -> tuple[float, Any]:
+        if script == "finetune_classifier":
+            finish(start(place, "pretrain_bert", "bert", *SCRIPTS["pretrain_bert"]))
+        name = f"{script}-straight"
+        finish(start(place, script, name, *SCRIPTS[script]))  # Fills the caches.
         shutil.rmtree(place / name)
+        seconds = finish(start(place, script, name, *SCRIPTS[script]))
+        return seconds, outcome(place / name, script)
+
+    return run
+
+
+@pytest.mark.usefixtures("default_signals")
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("sequence", range(SEQUENCES))
+def test_killed_at_random_instants_ends_with_the_same_bits(
+    place: Path, straight: Any, script: str, sequence: int
+):
+    seconds, expected = straight(script)
+    name = f"{script}-{sequence}"
+    kill_and_go_on(place, name, script, seconds, random.Random(name))
+    found = outcome(place / name, script)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def kill_and_go_on(
+    place: Path, name: str, script: str, seconds: float, rng: random.Random
+) -> None:
+    """Runs a script to its end, killed once or more on the way."""
+    folder, error = place / name, ""
+    for _ in range(rng.randint(1, 2)):
+        process = go_on(place, name, script, error)
+        number = rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+        moment = rng.choice(["any", "any", "first", "last"])
+        sign = signs_of(script).get(moment)
+        began = time.monotonic()
+        if sign is None or any(folder.glob(sign)):
+            time.sleep(rng.uniform(0, seconds))
+        else:
+            wait(process, folder, sign, rng)
+        there = " ".join(sorted(path.name for path in folder.glob("checkpoints/*")))
+        process.send_signal(number)
+        if number == signal.SIGINT and rng.random() < 0.3:
+            time.sleep(rng.uniform(0, 0.5))
+            process.send_signal(number)  # Impatient.
+        after = time.monotonic() - began
+        _, error = process.communicate()
+        print(
+            f"{name}: {number.name} after {after:.1f} of {seconds:.1f} s ({moment}; "
+            f"{there}): {process.returncode}: {error}",
+            flush=True,
+        )
+        check_told(script, process, number, error)
+    finish(go_on(place, name, script, error))
