@@ -17,8 +17,29 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yields a path to write to; what was written takes the place of `path`."""
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with naming(path):
+            yield temporary
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Lets what writes to a file name it in its errors: a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def remove_left(folder: Path) -> None:
+    """Removes what was half written when a process was killed.
+
+    Nobody else may write there.
+    """
+    for path in folder.glob(".*-*"):
+        if path.name.rpartition("-")[2].isdecimal():
+            path.unlink()

@@ -191,6 +191,16 @@ def test_a_new_folder_is_removed_if_nothing_was_written():
     assert Path("there").exists()
 
 
+def test_what_a_killed_run_was_writing_is_removed():
+    with runs.claim("name", RunOptions(output="run")) as folder:
+        (folder / "model.safetensors").touch()
+        (folder / ".model.safetensors-1234").touch()
+        (folder / ".mine-and-yours").touch()
+    with runs.claim("name", RunOptions(output="run")) as folder:
+        left = {".lock", ".mine-and-yours", "model.safetensors"}
+        assert set(os.listdir(folder)) == left
+
+
 def test_a_death_in_the_first_checkpoint_leaves_a_folder_to_begin_anew_in():
     Path("run/checkpoints/tmp-2/state").mkdir(parents=True)
     with pytest.raises(UserError, match="no checkpoint to resume from; without"):

@@ -1,6 +1,8 @@
 """A run that is killed, interrupted or out of disk loses nothing that was saved."""
 
+import contextlib
 import os
+import resource
 import shlex
 import signal
 import subprocess
@@ -12,9 +14,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from pretraining.errors import CannotSave
+from pretraining.files import write_atomically
 from pretraining.training import metrics
 from pretraining.training.interrupts import InterruptRequest, raise_later
+from pretraining.training.plots import plot_curve
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "pretrain_gpt2.py"
@@ -132,6 +138,60 @@ def test_a_full_disk_keeps_what_is_saved(start):
     assert "Traceback" not in error, error
     finish(start(*again))
     assert sorted(os.listdir(start.folder / "full" / "checkpoints")) == ["20", "40"]
+
+
+@pytest.fixture
+def full_disk():
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_full_disk_names_the_file_that_it_keeps(tmp_path: Path):
+    path = tmp_path / "file.png"
+    write_atomically(path, "old")
+    for write in (
+        lambda: write_atomically(path, 2_000 * "new"),
+        lambda: plot_curve(path, "title", [{"step": 1, "loss": 1}], {}),
+    ):
+        with pytest.raises(OSError, match=r"too large: .*file\.png'$"):
+            write()
+        assert os.listdir(tmp_path) == ["file.png"]
+        assert path.read_text() == "old"
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_metrics_on_a_full_disk_hide_nothing_that_went_wrong_first(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    with pytest.raises(OSError, match=r"too large: .*metrics\.jsonl'$"):
+        with metrics.MetricsWriter(tmp_path, 0) as writer:
+            for step in range(1000):
+                writer.write(step, loss=1.5)
+    with pytest.raises(CannotSave, match="first"):
+        with metrics.MetricsWriter(tmp_path, 1000) as writer:
+            with contextlib.suppress(OSError):
+                writer.write(2000, text=1000 * "loss")
+            raise CannotSave("first")
+    assert capfd.readouterr().err == ""
+
+
+def test_tensorboard_reads_what_is_written(tmp_path: Path):
+    with metrics.MetricsWriter(tmp_path, 4) as writer:
+        writer.write(5, loss=1.5)
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    content, events = path.read_bytes(), []
+    while content:  # Length, its checksum, the event, its checksum.
+        size = int.from_bytes(content[:8], "little")
+        events.append(Event.FromString(content[12 : 12 + size]))
+        content = content[12 + size + 4 :]
+    version, start, loss = events
+    assert version.file_version == "brain.Event:2"
+    assert (start.step, start.session_log.status) == (5, SessionLog.START)
+    (value,) = loss.summary.value
+    assert (loss.step, value.tag, value.simple_value) == (5, "loss", 1.5)
 
 
 @pytest.mark.parametrize(

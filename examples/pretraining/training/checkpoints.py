@@ -116,13 +116,13 @@ class Checkpoints:
 
     def _write(self, step: int, state: TrainState, about: Mapping[str, Any]) -> None:
         temporary = self._folder / f"tmp-{step}"
-        if is_first_process():
-            for left in self._folder.glob("tmp-*"):  # By a process that died.
-                shutil.rmtree(left)
-            temporary.mkdir(parents=True)
-            _reserve(temporary, sum(x.nbytes for x in jax.tree.leaves(state)))
-        _wait_for_all(f"before saving {step}")
         try:
+            if is_first_process():
+                for left in self._folder.glob("tmp-*"):  # By a process that died.
+                    shutil.rmtree(left)
+                temporary.mkdir(parents=True)
+                _reserve(temporary, sum(x.nbytes for x in jax.tree.leaves(state)))
+            _wait_for_all(f"before saving {step}")
             with (
                 _silent_threads(),
                 ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer,

@@ -2,12 +2,16 @@
 
 import contextlib
 import json
+import socket
+import time
 from pathlib import Path
 from typing import Any, Self
 
-import tensorboardX
+from tensorboardX import RecordWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
-from pretraining.files import write_atomically
+from pretraining.files import naming, write_atomically
 
 
 class MetricsWriter:
@@ -25,29 +29,42 @@ class MetricsWriter:
         self._file = None
         if not enabled:
             return
-        path = run / "metrics.jsonl"
+        self._path = run / "metrics.jsonl"
         kept = [row for row in read(run) if row["step"] <= step]
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = self._stack.enter_context(path.open("a", encoding="utf-8"))
-        self._events = tensorboardX.SummaryWriter(
-            str(run / "tensorboard"), purge_step=step + 1, write_to_disk=True
-        )
+        write_atomically(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = self._stack.enter_context(self._path.open("a", encoding="utf-8"))
+        # Not a SummaryWriter: its thread would report a full disk by itself.
+        folder = run / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
+        self._events = RecordWriter(str(folder / name))
         self._stack.callback(self._events.close)
+        self._add_event(file_version="brain.Event:2")
+        # TensorBoard hides what an interrupted run wrote past it.
+        self._add_event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, **metrics: float) -> None:
         """Writes the metrics of a step."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step} | metrics) + "\n")
-        self._file.flush()
-        for name, value in metrics.items():
-            self._events.add_scalar(name, value, step)
+        with naming(self._path):
+            self._file.write(json.dumps({"step": step} | metrics) + "\n")
+            self._file.flush()
+            for name, value in metrics.items():
+                self._add_event(step=step, summary=scalar(name, value))
+            self._events.flush()
+
+    def _add_event(self, **fields: Any) -> None:
+        event = Event(wall_time=time.time(), **fields)
+        self._events.write(event.SerializeToString())
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._stack.close()
+    def __exit__(self, kind: type | None, *exception: object) -> None:
+        # What went wrong first is what there is to tell.
+        with contextlib.suppress(*([OSError] if kind else [])):
+            self._stack.close()
 
 
 def read(run: Path) -> list[dict[str, Any]]:

@@ -9,6 +9,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from pretraining.files import replacing
+
 
 def plot_curve(
     path: Path,
@@ -45,5 +47,6 @@ def plot_curve(
     axes.set_title(title)
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
-    figure.savefig(path, dpi=150)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:], dpi=150)
     plt.close(figure)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TextIO
 
 from pretraining.errors import CannotSave, UserError
+from pretraining.files import remove_left
 from pretraining.options import option
 from pretraining.training import devices
 
@@ -61,6 +62,7 @@ def claim(name: str, options: RunOptions) -> Iterator[Path]:
             try:
                 folder = stack.enter_context(_folder(name, options))
                 stack.enter_context(_locked(folder))
+                remove_left(folder)
             except OSError as error:
                 place = options.output or error.filename or ROOT
                 raise UserError(
