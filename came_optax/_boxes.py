@@ -111,8 +111,6 @@ def _rebox(box: Any, x: jax.Array, axes: PartitionSpec) -> Any:
 def _named(box: Any, x: jax.Array, axes: PartitionSpec) -> Any:
     """Returns a ``NamedArray`` of some axes, but placeholders as they are."""
     numbers = [int(a) for a in axes if a]
-    if x.ndim == len(box.axes) and x.size > 1:  # Codes too, with one axis halved.
-        numbers = [*range(x.ndim)]
     if len(numbers) != x.ndim:
         return x
     sized = (

@@ -235,6 +235,14 @@ def test_adam(adam, mu_dtype, rule):
         assert 0.8 < ratio < 1.3, name
 
 
+def test_a_schedule_that_is_new_counts_on():
+    params = make_params()
+    old, new = optax.adamw(1e-3), steady_came(SCHEDULE)
+    _, state = train(old, old.init(params), params, range(3))
+    converted = convert_state(state, params, old=old, new=new)
+    assert optax.tree.get(converted[1:], "count") == 3
+
+
 def test_no_jump_in_a_training_run():
     """The loss of a regression goes on falling where AdamW had brought it."""
     key = jax.random.key(2)
@@ -360,6 +368,7 @@ def test_flax_boxes():
     [
         (optax.adamw(1e-3), came(1e-3), came(1e-3), "not one of old: it is structured"),
         (optax.sgd(1e-3), came(1e-3), None, "got 1 and 0"),
+        (optax.chain(came(1.0), came(1e-3)), came(1e-3), None, "got 1 and 2"),
         (came(1e-3), optax.adamw(1e-3), None, "new must be .*scale_by_came"),
         (
             came(1e-3, factoring=BalancedSplit()),
@@ -374,7 +383,14 @@ def test_flax_boxes():
             "leaf 'kernel' is in the state of new but not in the state of old",
         ),
     ],
-    ids=["other structure", "sgd", "to adam", "other rule", "other leaves"],
+    ids=[
+        "other structure",
+        "sgd",
+        "two of them",
+        "to adam",
+        "other rule",
+        "other leaves",
+    ],
 )
 def test_errors(old, new, state_of, message):
     params = make_params()
