@@ -1,6 +1,7 @@
 """Corpus, split, vocabulary and counting baselines."""
 
 import math
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,26 @@ def test_files_are_cut_into_pieces_that_make_them_up(tmp_path: Path):
         pieces = corpus.load(TextOptions(text=[str(tmp_path / f"{name}.txt")]))
         assert "".join(pieces) == text
         assert 5 <= len(pieces) <= 21
+
+
+def test_pieces_do_not_depend_on_how_a_file_is_read():
+    text = "".join(f"line {i}\n" * (i % 5) + "x" * (i % 90) for i in range(500))
+    whole = list(corpus._cut([text], 100))
+    for size in 1, 7, 99, 1_000:
+        parts = [text[i : i + size] for i in range(0, len(text), size)]
+        assert list(corpus._cut(parts, 100)) == whole
+    assert "".join(whole) == text
+
+
+def test_one_wide_character_does_not_widen_a_large_file(tmp_path: Path):
+    path = tmp_path / "text.txt"
+    path.write_text("A smile 🙂.\n" + "Plain text.\n" * 500_000)
+    tracemalloc.start()
+    documents = corpus.load(TextOptions(text=[str(path)]))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(documents) > 500
+    assert peak < 4 * path.stat().st_size
 
 
 def test_a_file_is_a_document_unless_it_is_large(tmp_path: Path):
