@@ -1,5 +1,7 @@
 """Parameter updates rounded stochastically, so that narrow floats keep their mean."""
 
+from __future__ import annotations
+
 import itertools
 from typing import Any
 

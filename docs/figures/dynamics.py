@@ -59,7 +59,7 @@ def main():
             panel.loglog(steps, rms[steps - 1], line, label=label)
         panel.set_title(f"{gradient.__name__} gradients")
         panel.set_xlabel("step")
-        panel.set_ylabel("RMS of the update / learning rate")
+        panel.set_ylabel("RMS of the update\n(learning rates)")
     lines, labels = panels[0].get_legend_handles_labels()
     figure.legend(lines, labels, loc="outside lower center", ncols=4, frameon=False)
     path = pathlib.Path(__file__).with_suffix(".svg")

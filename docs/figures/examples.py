@@ -1,7 +1,7 @@
 """Draws the examples' curves into docs/figures: losses against steps.
 
-From the folders of the runs, whose metrics.jsonl and summary.json are kept in
-docs/results/examples, and from the logs in docs/results/fine-tuning:
+From what their runs left, metrics.jsonl and summary.json, kept in docs/results/examples
+under the names of the scripts:
 
     python docs/figures/examples.py
 """
@@ -16,12 +16,8 @@ import matplotlib.pyplot as plt
 from dynamics import STYLE
 
 HERE = pathlib.Path(__file__).parent
-RESULTS = HERE.parent / "results"
-BLUE, ORANGE = "#0072b2", "#d55e00"
-FINE_TUNING = {
-    "came-bc-b2-0.95-eps2-0.1-clip-1": ("steady_came, no Nesterov momentum", ORANGE),
-    "adamw": ("AdamW", BLUE),
-}
+RESULTS = HERE.parent / "results" / "examples"
+ORANGE = "#d55e00"
 
 
 def read(path):
@@ -46,29 +42,14 @@ def pretraining(axes, metrics):
     axes.set_ylabel("loss (nats per token)")
 
 
-def fine_tuning(axes, log):
-    for run in read(log):
-        if run["method"] in FINE_TUNING:
-            label, color = FINE_TUNING[run["method"]]
-            label = label if run["seed"] == 0 else None
-            draw(axes, run["rows"], "validation_loss", color=color, label=label)
-    axes.set_ylabel("validation loss (nats per sentence)")
-
-
 def main():
-    logs = sorted((RESULTS / "examples").glob("*.jsonl"))
-    panels = {path.stem: (pretraining, path) for path in logs}
-    panels["finetune_classifier"] = (
-        fine_tuning,
-        RESULTS / "fine-tuning" / "runs.jsonl",
-    )
-    for name, (fill, log) in panels.items():
+    for log in sorted(RESULTS.glob("*.jsonl")):
         figure, axes = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
-        fill(axes, log)
+        pretraining(axes, log)
         axes.set_xlabel("step")
         axes.grid(alpha=0.2)
         axes.legend(frameon=False)
-        figure.savefig(HERE / f"{name}.svg", metadata={"Date": None})
+        figure.savefig(HERE / f"{log.stem}.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":
