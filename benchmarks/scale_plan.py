@@ -164,7 +164,10 @@ def write_table(results: dict[str, Any], planned: Sequence[int]) -> None:
         first = found[planned[0]]
         smallest = min(n for n, case in found.items() if case and case["fits"])
         per_parameter = first["state_bytes"] * planned[0] / first["parameters"]
-        row = {"": f"{model}, {optimizer}", "state/parameter": f"{per_parameter:.2f} B"}
+        row = {
+            "training": f"{model}, {optimizer}",
+            "state/parameter": f"{per_parameter:.2f} B",
+        }
         for n in sorted(planned):
             state, total = (found[n][k] / GIB for k in ("state_bytes", "total_bytes"))
             row[f"{n} chips"] = f"{state:.2f} of {total:.2f}"

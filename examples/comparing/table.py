@@ -34,7 +34,7 @@ def make_tables(summaries: Sequence[Summary], known: Sequence[Summary]) -> str:
         for summary in sorted(summaries, key=lambda s: s.finals().mean())
     ]
     names = [name for name in rows[0] if name not in DETAILS]
-    return f"{_format(rows, names)}\n\n{_format(rows, ['', *DETAILS])}\n"
+    return f"{_format(rows, names)}\n\n{_format(rows, ['optimizer', *DETAILS])}\n"
 
 
 def _format(rows: Sequence[Mapping[str, str]], names: Sequence[str]) -> str:
@@ -47,7 +47,10 @@ def _row(
     reference: Summary | None,
     others: Mapping[str, Summary | None],
 ) -> dict[str, str]:
-    row = {"": summary.label, "best learning rate": f"{summary.learning_rate:.1e}"}
+    row = {
+        "optimizer": summary.label,
+        "best learning rate": f"{summary.learning_rate:.1e}",
+    }
     for metric in summary.metrics:
         scale, digits = (100, 1) if metric.endswith("accuracy") else (1, 3)
         name = metric.replace("_", " ") + (" (%)" if scale == 100 else "")
