@@ -9,6 +9,9 @@ ARGS        ?=
 python := $(VENV)/bin/python
 pytest := $(python) -m pytest
 parallel := --numprocesses=auto --maxprocesses=4 --quiet
+library  := --ignore=tests/examples --ignore=tests/benchmarks
+quick    := -m "not slow and not nightly and not parity and not tpu" \
+            --hypothesis-profile=quick
 stamp  := $(VENV)/.installed-$(shell cat pyproject.toml $(CONSTRAINTS) | cksum | cut -d' ' -f1)
 install = $(python) -m pip install --quiet --disable-pip-version-check \
           --constraint $(CONSTRAINTS) --editable ".[$(1)]"
@@ -17,7 +20,7 @@ install = $(python) -m pip install --quiet --disable-pip-version-check \
 
 .PHONY: help
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: pretrain
 pretrain: $(stamp)-examples ## Pretrain a tiny GPT-2 on real text; ARGS="--steps 50" passes options
@@ -27,9 +30,15 @@ pretrain: $(stamp)-examples ## Pretrain a tiny GPT-2 on real text; ARGS="--steps
 finetune: $(stamp)-minilm ## Fine-tune a pretrained BERT on film reviews; ARGS as above
 	$(python) examples/finetune_classifier.py $(ARGS)
 
+# Half of the time would be spent on making fast what runs once.
 .PHONY: test
-test: $(stamp)-dev ## Test the library; ARGS="-k name" passes options
-	$(pytest) $(parallel) --ignore=tests/examples --ignore=tests/benchmarks $(ARGS)
+test: $(stamp)-dev ## Test the library, in two minutes; ARGS="-k name" passes options
+	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" \
+	  $(pytest) $(parallel) $(library) $(quick) $(ARGS)
+
+.PHONY: test-library
+test-library: $(stamp)-dev ## Test the library, with what takes long
+	$(pytest) $(parallel) $(library) $(ARGS)
 
 .PHONY: test-all
 test-all: $(stamp)-dev ## Test the library, the examples and the benchmarks
@@ -59,7 +68,7 @@ tpu: $(stamp)-dev $(stamp)-tpu ## Compile for TPUs and count: bytes, kernels, co
 .PHONY: newest
 newest: ## Test the library on the newest releases of everything; PYTHON=python3.14 says with which
 	rm -rf .venv-newest
-	$(MAKE) test VENV=.venv-newest CONSTRAINTS=/dev/null
+	$(MAKE) test-library VENV=.venv-newest CONSTRAINTS=/dev/null
 
 .PHONY: docs
 docs: $(stamp)-docs ## Build the documentation into docs/_build/html

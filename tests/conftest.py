@@ -1,5 +1,6 @@
 """Settings that every test shares."""
 
+import collections
 import importlib.util
 import os
 
@@ -11,6 +12,7 @@ os.environ["XLA_FLAGS"] = (
 
 import hypothesis
 import jax
+import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -20,6 +22,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile(
     "default", max_examples=25, deadline=None, derandomize=True
 )
+hypothesis.settings.register_profile(
+    "quick", max_examples=6, deadline=None, derandomize=True
+)
 hypothesis.settings.register_profile("nightly", max_examples=2_000, deadline=None)
 hypothesis.settings.load_profile("default")
 
@@ -27,3 +32,16 @@ hypothesis.settings.load_profile("default")
 # tests/parity fails on the missing import instead.
 if any(importlib.util.find_spec(name) is None for name in ("torch", "came_pytorch")):
     collect_ignore = ["parity"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of the cases of a test marked `slow(but=n)`, n spread evenly are not slow."""
+    cases = collections.defaultdict(list)
+    for item in items:
+        if (mark := item.get_closest_marker("slow")) and "but" in mark.kwargs:
+            cases[item.parent, item.originalname, mark.kwargs["but"]].append(item)
+    for (*_, n), group in cases.items():
+        for i in range(n):
+            quick = group[i * len(group) // n]
+            quick.own_markers = [m for m in quick.own_markers if m.name != "slow"]

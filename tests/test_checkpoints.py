@@ -74,6 +74,7 @@ def rounded(state: Any) -> Any:
     )
 
 
+@pytest.mark.slow(but=5)
 @pytest.mark.parametrize(
     "round_trip", [orbax_round_trip, flax_round_trip, equinox_round_trip]
 )

@@ -80,6 +80,7 @@ def axes_of(tx, params):
     return {name: (rows, memory.cols[name]) for name, rows in memory.rows.items()}
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("mu_dtype", ["int8", jnp.dtype("int8"), "bfloat16"])
 def test_maxtext(mu_dtype):
     d, layers, heads, head_dim, inner = 64, 4, 2, 32, 128
@@ -167,6 +168,7 @@ def levanter(monkeypatch):
     return optim
 
 
+@pytest.mark.slow
 def test_levanter(levanter):
     hax = pytest.importorskip("haliax")
     run_snippets("levanter")
@@ -280,6 +282,7 @@ def test_easylm():
     falls(step, (state,))
 
 
+@pytest.mark.slow
 def test_gemma():
     heads, kv_heads, d, head_dim, inner = 4, 2, 64, 16, 96
     shapes = {
@@ -367,6 +370,7 @@ def test_nanodo():
     )
 
 
+@pytest.mark.slow
 def test_big_vision(monkeypatch):
     d, heads, depth = 64, 2, 3
     params = zeros(

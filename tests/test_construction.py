@@ -56,6 +56,7 @@ def test_no_backend_starts() -> None:
     assert "must be called before any JAX" in refused.stderr
 
 
+@pytest.mark.slow(but=2)
 @pytest.mark.parametrize("mu_dtype", MU_DTYPES)
 def test_built_inside_nnx_jit(mu_dtype: Any) -> None:
     @nnx.jit
@@ -76,6 +77,7 @@ def test_built_inside_nnx_jit(mu_dtype: Any) -> None:
     assert losses[0] > losses[1] > losses[2]
 
 
+@pytest.mark.slow(but=2)
 @pytest.mark.parametrize("mu_dtype", MU_DTYPES)
 def test_built_inside_a_jitted_train_state(mu_dtype: Any) -> None:
     params = {"kernel": jnp.ones((64, 64)), "bias": jnp.zeros(64)}
@@ -96,6 +98,7 @@ def test_built_inside_a_jitted_train_state(mu_dtype: Any) -> None:
     chex.assert_trees_all_close(inside.params, outside.params)
 
 
+@pytest.mark.slow(but=3)
 @pytest.mark.parametrize("make", [came, optax.inject_hyperparams(came)])
 @pytest.mark.parametrize("mu_dtype", MU_DTYPES)
 def test_no_tracer_leaks(make: Any, mu_dtype: Any) -> None:
@@ -111,6 +114,7 @@ def test_no_tracer_leaks(make: Any, mu_dtype: Any) -> None:
         chex.assert_tree_all_finite(two_steps(params))
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize(
     "name", sorted(set(came_optax.__all__) & {"came", "steady_came", "scale_by_came"})
 )

@@ -52,8 +52,16 @@ def gradients(params, step):
     )
 
 
+@functools.cache
+def steady(mu_dtype, **kwargs):
+    return steady_came(SCHEDULE, mu_dtype=mu_dtype, **kwargs)
+
+
+compiled = functools.cache(jax.jit)  # Once for each optimizer.
+
+
 def train(tx, state, params, steps):
-    update = jax.jit(tx.update)
+    update = compiled(tx.update)
     for step in steps:
         updates, state = update(gradients(params, step), state, params)
     return updates, state
@@ -63,6 +71,7 @@ def cosine(x, y):
     return float(jnp.vdot(x, y) / jnp.linalg.norm(x) / jnp.linalg.norm(y))
 
 
+@pytest.mark.slow(but=2)
 @pytest.mark.parametrize(
     ("mu_dtype", "new_dtype"),
     [
@@ -76,7 +85,7 @@ def cosine(x, y):
 )
 def test_momentum_in_other_dtypes(mu_dtype, new_dtype):
     params = make_params()
-    old, new = (steady_came(SCHEDULE, mu_dtype=name) for name in (mu_dtype, new_dtype))
+    old, new = steady(mu_dtype), steady(new_dtype)
     _, state = train(old, old.init(params), params, range(5))
     converted = convert_state(state, params, old=old, new=new)
     for x, like in zip(
@@ -127,10 +136,11 @@ LAST, BALANCED, STACKED = RULES = [
 @functools.cache
 def after_50_steps(rule, mu_dtype):
     params = make_params()
-    tx = steady_came(SCHEDULE, factoring=rule, mu_dtype=mu_dtype)
+    tx = steady(mu_dtype, factoring=rule)
     return train(tx, tx.init(params), params, range(50))[1]
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize(
     ("rule", "new_rule", "mu_dtype"),
     [
@@ -143,9 +153,7 @@ def after_50_steps(rule, mu_dtype):
 )
 def test_other_rules(rule, new_rule, mu_dtype):
     params = make_params()
-    old, new = (
-        steady_came(SCHEDULE, factoring=r, mu_dtype=mu_dtype) for r in (rule, new_rule)
-    )
+    old, new = (steady(mu_dtype, factoring=r) for r in (rule, new_rule))
     state, from_start = (after_50_steps(r, mu_dtype) for r in (rule, new_rule))
     converted = convert_state(state, params, old=old, new=new)
     assert jax.tree.map(jnp.shape, converted) == jax.tree.map(jnp.shape, from_start)
@@ -163,6 +171,7 @@ def test_other_rules(rule, new_rule, mu_dtype):
         )
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("rule", RULES)
 def test_statistics_of_a_product_stay_what_they_are(rule):
     """Where |g|² is of rank 1 whichever matrix is read, nothing is lost."""
@@ -179,10 +188,11 @@ def test_statistics_of_a_product_stay_what_they_are(rule):
         np.testing.assert_allclose(x, y, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_leaf_that_becomes_a_matrix_has_the_others_instability():
     params = make_params()
     small = steady_came(SCHEDULE, factoring=LargestTwoAxes(64))  # Not the query.
-    new = steady_came(SCHEDULE)
+    new = steady("float32")
     _, state = train(small, small.init(params), params, range(50))
     assert state[0].s_row["query"].shape == (1,)
     converted = convert_state(state, params, old=small, new=new)
@@ -209,6 +219,7 @@ ADAMS = {
 }
 
 
+@pytest.mark.slow(but=2)
 @pytest.mark.parametrize(
     ("adam", "mu_dtype", "rule"),
     [
@@ -221,7 +232,7 @@ def test_adam(adam, mu_dtype, rule):
     """After it has averaged for long enough, CAME goes where Adam would have gone."""
     params = make_params()
     old = ADAMS[adam]()
-    new = steady_came(SCHEDULE, mu_dtype=mu_dtype, factoring=rule)
+    new = steady(mu_dtype, factoring=rule)
     _, state = train(old, old.init(params), params, range(100))
     converted = jax.jit(lambda s, p: convert_state(s, p, old=old, new=new))(
         state, params
@@ -315,6 +326,7 @@ def placed(*shape):
     return {name: NamedSharding(mesh, specs.get(name, P())) for name in SHAPES}
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize(
     ("rule", "mu_dtype", "new_rule", "new_dtype"),
     [

@@ -50,6 +50,7 @@ def gradients(step: int) -> dict[str, jax.Array]:
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), g)
 
 
+@pytest.mark.slow(but=3)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.usefixtures("debugging")
 def test_updates(name: str) -> None:
@@ -59,6 +60,7 @@ def test_updates(name: str) -> None:
         _, state = update(gradients(step), state, params)
 
 
+@pytest.mark.slow(but=2)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.usefixtures("debugging")
 def test_stochastic_rounding(dtype: Any) -> None:

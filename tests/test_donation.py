@@ -41,6 +41,7 @@ def buffers(tree: Any) -> list[int]:
     return [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree)]
 
 
+@pytest.mark.slow(but=5)
 @pytest.mark.parametrize("jitted", [True, False], ids=["jitted init", "eager init"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_params_and_state_are_donated_whole(name: str, jitted: bool) -> None:

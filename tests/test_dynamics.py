@@ -61,6 +61,7 @@ def instability(steps, b1, b3):
     return s[1:]
 
 
+@pytest.mark.slow(but=5)
 @pytest.mark.parametrize("betas", BETAS)
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
 @pytest.mark.parametrize("clip", [0.5, 1.0])

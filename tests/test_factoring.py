@@ -145,6 +145,7 @@ def gemma_query(mu_dtype):
     return jnp.moveaxis(update["q_einsum"], 1, 0).reshape(32, 16 * 24), update["matrix"]
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("mu_dtype", ["float32", "int8", "int4"])
 def test_an_einsum_kernel_is_updated_as_its_matrix(mu_dtype):
     found, expected = gemma_query(mu_dtype)

@@ -18,6 +18,7 @@ from came_optax import BalancedSplit, FactoredAxes, LargestTwoAxes, LastTwoAxes,
 
 SHAPES = [(), (1,), (5,), (0,), (3, 2), (1, 1), (0, 4), (2, 3, 2), (2, 1, 3, 2)]
 SHAPES += [(2, 2, 1, 3, 2), (64, 64)]  # the last is large enough to be quantized
+EXAMPLES = settings.default.max_examples  # 25, unless --hypothesis-profile says so.
 DTYPES = ["float16", "bfloat16", "float32", "complex64"]
 
 
@@ -147,7 +148,7 @@ def check(wrapper: str, kwargs: Any, params: Any, *, jitted: bool) -> None:
 
 
 @given(params=trees, wrapper=wrappers, kwargs=options)
-@settings(max_examples=150)
+@settings(max_examples=6 * EXAMPLES)
 def test_types(params: Any, wrapper: str, kwargs: Any) -> None:
     tx = optimizer(wrapper, kwargs, params)
     state = jax.eval_shape(tx.init, params)
@@ -158,13 +159,14 @@ def test_types(params: Any, wrapper: str, kwargs: Any) -> None:
 
 
 @given(params=trees, wrapper=wrappers, kwargs=options)
-@settings(max_examples=40)
+@settings(max_examples=2 * EXAMPLES)
 def test_jitted_updates(params: Any, wrapper: str, kwargs: Any) -> None:
     check(wrapper, kwargs, params, jitted=True)
 
 
+@pytest.mark.slow
 @given(params=trees, wrapper=wrappers, kwargs=options)
-@settings(max_examples=10)
+@settings(max_examples=EXAMPLES // 2)
 def test_eager_updates(params: Any, wrapper: str, kwargs: Any) -> None:
     check(wrapper, kwargs, params, jitted=False)
 

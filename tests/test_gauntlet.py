@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from came_optax import came, scale_by_came
 
 STEPS, SHAPE = 400, (4, 6)
+EXAMPLES = settings.default.max_examples  # 25, unless --hypothesis-profile says so.
 VARIANTS = {
     "published": scale_by_came(),
     "bounded": scale_by_came(bias_correction=True, update_clipping_threshold=1.0),
@@ -104,7 +105,7 @@ def test_bounded(name: str, variant: str) -> None:
     ),
     variant=st.sampled_from(list(VARIANTS)),
 )
-@settings(max_examples=100)
+@settings(max_examples=4 * EXAMPLES)
 def test_finite_for_gradients_from_0_to_1e30(
     data: list[list[int]], variant: str
 ) -> None:
@@ -141,6 +142,7 @@ def test_one_nan_step_is_survived(guard: str) -> None:
         chex.assert_trees_all_close(state.inner_state, plain_state, rtol=1e-5)
 
 
+@pytest.mark.slow(but=3)
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("scale", [1e-7, 1.0, 6e4])
 def test_sixteen_bits_from_the_first_step(dtype: Any, scale: float) -> None:

@@ -32,6 +32,7 @@ from came_optax import (
 # The largest distance between neighbouring codes, which is 3/2 of the mean one.
 LARGEST_ERROR = {"int8": 1.5 / 127, "int4": 1.5 / 7}
 BITS = {"int8": 8, "int4": 4}
+EXAMPLES = hypothesis.settings.default.max_examples
 quantized = pytest.mark.parametrize("mu_dtype", LARGEST_ERROR)
 
 RULES = [LastTwoAxes(), BalancedSplit(), LargestTwoAxes(8), Stacked(LastTwoAxes())]
@@ -194,7 +195,7 @@ def test_zero_rows_columns_and_leaves_stay_zero(mu_dtype: str) -> None:
     chex.assert_trees_all_equal(round_trip(0 * m, mu_dtype), 0 * m)
 
 
-@hypothesis.settings(max_examples=10)
+@hypothesis.settings(max_examples=EXAMPLES // 2)
 @hypothesis.given(
     shape=st.lists(st.integers(1, 9), min_size=1, max_size=4),
     mu_dtype=st.sampled_from(list(LARGEST_ERROR)),
@@ -240,6 +241,7 @@ def test_bytes(mu_dtype: str, dtype: Any, shape: Any, bytes_each: float) -> None
     assert stored.nbytes == bytes_each * params["x"].size
 
 
+@pytest.mark.slow(but=48)
 @pytest.mark.parametrize("mu_dtype", [None, "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
 @pytest.mark.parametrize(
@@ -283,6 +285,7 @@ def test_state_bytes_per_parameter(
     assert total <= budget * n
 
 
+@pytest.mark.slow(but=7)
 @pytest.mark.parametrize("mu_dtype", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
@@ -369,6 +372,7 @@ def test_scan_and_vmap(mu_dtype: str) -> None:
         chex.assert_trees_all_equal_dtypes(one[1], alone[1])
 
 
+@pytest.mark.slow(but=1)
 @quantized
 def test_inside_multi_steps_and_inject_hyperparams(mu_dtype: str) -> None:
     plain, _ = trained(came(1e-2, mu_dtype=mu_dtype))

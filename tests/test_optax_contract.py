@@ -69,6 +69,7 @@ def test_second_call_compiles_nothing_whatever_extra_args(
     assert "compilation" not in caplog.text
 
 
+@pytest.mark.slow(but=2)
 @every_optimizer
 def test_types_are_stable_under_cond_and_scan(name: str) -> None:
     with x64(True):
@@ -132,6 +133,7 @@ def test_init_needs_only_shapes(name: str) -> None:
     chex.assert_trees_all_equal_shapes_and_dtypes(abstract, tx.init(params))
 
 
+@pytest.mark.slow(but=2)
 @every_optimizer
 def test_vmap_over_an_ensemble_equals_separate_runs(name: str) -> None:
     tx = OPTIMIZERS[name]
@@ -155,6 +157,7 @@ def test_vmap_over_an_ensemble_equals_separate_runs(name: str) -> None:
     )
 
 
+@pytest.mark.slow(but=7)
 @pytest.mark.parametrize(
     "tree",
     [

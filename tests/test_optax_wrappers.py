@@ -37,6 +37,7 @@ def make_params(dtype: Any = jnp.float32) -> dict[str, jax.Array]:
     }
 
 
+@pytest.mark.slow(but=2)
 @pytest.mark.parametrize(
     "make, options",
     [
@@ -87,6 +88,7 @@ def test_map_params_finds_every_array_but_the_counts(name: str) -> None:
         assert mark == ("other" if is_count else "param"), path
 
 
+@pytest.mark.slow(but=2)
 @every_optimizer
 def test_multi_steps_is_one_step_on_the_mean(name: str) -> None:
     tx, params = OPTIMIZERS[name], make_params(jnp.bfloat16)
@@ -131,6 +133,7 @@ def test_partition_gives_each_group_its_optimizer(name: str) -> None:
     chex.assert_trees_all_close(updates, expected | others)
 
 
+@pytest.mark.slow(but=3)
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 @every_optimizer
 def test_apply_if_finite_keeps_the_state_on_a_bad_step(name: str, bad: float) -> None:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +26,7 @@ from came_optax import (
 
 Shape = tuple[int, ...]
 STEPS = 3
+EXAMPLES = settings.default.max_examples  # 25, unless --hypothesis-profile says so.
 
 rules = st.sampled_from([LastTwoAxes(), LargestTwoAxes(2), BalancedSplit()])
 options = st.sampled_from(
@@ -92,7 +94,7 @@ def run(tx: optax.GradientTransformation, grads: Any) -> tuple[Any, Any]:
 
 
 @given(data=st.data(), shape=shapes(), dtype=st.sampled_from(["bfloat16", "float32"]))
-@settings(max_examples=60)
+@settings(max_examples=2 * EXAMPLES)
 def test_statistics_have_the_announced_shapes(
     data: st.DataObject, shape: Shape, dtype: str
 ) -> None:
@@ -120,7 +122,7 @@ def test_statistics_have_the_announced_shapes(
 
 
 @given(data=st.data(), shape=shapes(min_dims=1), rule=rules, kwargs=options)
-@settings(max_examples=12)
+@settings(max_examples=EXAMPLES // 2)
 def test_a_stack_equals_its_layers(
     data: st.DataObject, shape: Shape, rule: Any, kwargs: dict[str, Any]
 ) -> None:
@@ -135,8 +137,9 @@ def test_a_stack_equals_its_layers(
     chex.assert_trees_all_close(together, stacked, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 @given(shape=shapes(), kwargs=options, answer=st.sampled_from([None, FactoredAxes()]))
-@settings(max_examples=15)
+@settings(max_examples=EXAMPLES // 2)
 def test_factoring_nothing_equals_a_vector(
     shape: Shape, kwargs: dict[str, Any], answer: FactoredAxes | None
 ) -> None:
@@ -146,8 +149,9 @@ def test_factoring_nothing_equals_a_vector(
     chex.assert_trees_all_close(whole, flat.reshape(whole.shape), rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 @given(data=st.data(), shape=shapes(min_dims=2), kwargs=options)
-@settings(max_examples=12)
+@settings(max_examples=EXAMPLES // 2)
 def test_permuted_axes_permute_the_update(
     data: st.DataObject, shape: Shape, kwargs: dict[str, Any]
 ) -> None:
@@ -169,8 +173,9 @@ def test_permuted_axes_permute_the_update(
     chex.assert_trees_all_close(transposed, expected, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 @given(shape=shapes(), rule=rules, exponent=st.integers(-20, 20))
-@settings(max_examples=15)
+@settings(max_examples=EXAMPLES // 2)
 def test_u_is_invariant_to_the_scale_of_gradients(
     shape: Shape, rule: Any, exponent: int
 ) -> None:
@@ -186,8 +191,9 @@ def test_u_is_invariant_to_the_scale_of_gradients(
     )
 
 
+@pytest.mark.slow
 @given(shape=shapes(), rule=rules, kwargs=options)
-@settings(max_examples=15)
+@settings(max_examples=EXAMPLES // 2)
 def test_opposite_gradients_give_opposite_updates(
     shape: Shape, rule: Any, kwargs: dict[str, Any]
 ) -> None:
@@ -196,8 +202,9 @@ def test_opposite_gradients_give_opposite_updates(
     chex.assert_trees_all_equal(opposite, -updates)
 
 
+@pytest.mark.slow
 @given(shape=shapes(), rule=rules, angle=st.floats(0, 6))
-@settings(max_examples=15)
+@settings(max_examples=EXAMPLES // 2)
 def test_complex_gradients_turn_the_update(
     shape: Shape, rule: Any, angle: float
 ) -> None:
@@ -209,7 +216,7 @@ def test_complex_gradients_turn_the_update(
 
 
 @given(shape=shapes(), rule=rules, limit=st.sampled_from([0.01, 0.5, 1.0]))
-@settings(max_examples=15)
+@settings(max_examples=EXAMPLES // 2)
 def test_both_clips_bound_the_root_mean_square(
     shape: Shape, rule: Any, limit: float
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 RECIPES = pathlib.Path(__file__).parent.parent / "docs" / "recipes"
 
 
+@pytest.mark.slow(but=5)
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.py")), ids=lambda p: p.stem)
 def test_runs(path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(path)])

@@ -34,6 +34,7 @@ def distance_of_a_rare_row(tx, silent: int, rows: int) -> float:
     return float(jnp.mean(jnp.sum(row, axis=0)))
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("rows", [16, 256])
 def test_rare_row_moves_less_than_half_as_far_as_under_adam(rows: int):
     silent = 2000

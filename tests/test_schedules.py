@@ -120,6 +120,7 @@ def plain(options: str, mu_dtype: str) -> Any:
     return run(tx, None, np.float32)
 
 
+@pytest.mark.slow(but=5)
 @pytest.mark.parametrize("mu_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("platform", SCHEDULES)
@@ -136,6 +137,7 @@ def test_values(platform: str, options: str, mu_dtype: str) -> None:
         assert share_of_far(found, expected, 1e-5) < 1e-3
 
 
+@pytest.mark.slow(but=2)
 @pytest.mark.parametrize("dtype", [np.complex64, np.float64, np.complex128])
 @pytest.mark.parametrize("platform", SCHEDULES)
 def test_complex_and_double(platform: str, dtype: Any) -> None:
@@ -147,6 +149,7 @@ def test_complex_and_double(platform: str, dtype: Any) -> None:
             assert_close(found, expected, 1e-5 if dtype == np.complex64 else 1e-13)
 
 
+@pytest.mark.slow(but=2)
 @pytest.mark.parametrize("mu_dtype", ["int8", "int4"])
 @pytest.mark.parametrize("platform", SCHEDULES)
 def test_codes(platform: str, mu_dtype: str) -> None:

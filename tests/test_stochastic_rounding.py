@@ -22,6 +22,7 @@ def rounded(exact: float, dtype, seed: int = 0):
     return np.asarray(new, np.float64)
 
 
+@pytest.mark.slow(but=5)
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("exact", [1.001, -1.001, 0.1, 300.3, -7.77e-3, 3.3e-7, 2**14])
 def test_rounds_to_a_neighbour_and_is_unbiased(dtype, exact):

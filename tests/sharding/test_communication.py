@@ -84,6 +84,7 @@ def bytes_of_sums(params):
     return 4 * sum(sizes)
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("spec_of", [rows, columns])
 def test_only_sums_are_communicated(spec_of):
     params = gpt2_shapes(layers=1, width=64)

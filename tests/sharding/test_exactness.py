@@ -116,8 +116,8 @@ def expected():
 @pytest.mark.parametrize(
     ("specs", "sizes"),
     [
-        (FSDP, {"fsdp": 8}),
-        (TENSOR, {"tensor": 8}),
+        pytest.param(FSDP, {"fsdp": 8}, marks=pytest.mark.slow),
+        pytest.param(TENSOR, {"tensor": 8}, marks=pytest.mark.slow),
         (MIXED, {"fsdp": 4, "tensor": 2}),
     ],
     ids=["fsdp", "tensor", "mixed"],
@@ -156,6 +156,7 @@ def assert_close(found, expected):
     jax.tree.map_with_path(check, jax.device_get(found), expected)
 
 
+@pytest.mark.slow
 def test_uneven_parts_within_a_step_equal_one_device(auto_mesh, expected):
     mesh = auto_mesh(fsdp=8)
     # 33 rows in parts of 5, the last empty; of 7 numbers one each on 7 devices.

@@ -120,6 +120,7 @@ def test_nnx_statistics_are_named_and_placed(mesh):
             assert x.sharding.is_equivalent_to(sharding, x.ndim)
 
 
+@pytest.mark.slow
 def test_nnx_training_equals_that_of_separate_plain_layers(mesh):
     model, optimizer = create()
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
@@ -195,6 +196,7 @@ class LinenModel(nn.Module):
         return layers(name="layers")(x, None)[0]
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize(
     "with_partitioning", [nn.with_partitioning, nn.with_logical_partitioning]
 )

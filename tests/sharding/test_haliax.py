@@ -69,6 +69,7 @@ def test_statistics_are_named(mu_dtype):
             assert leaf.array.shape == tuple(axis.size for axis in leaf.axes)
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("mu_dtype", ["float32", "int4"])
 def test_updates_are_those_of_bare_arrays(mu_dtype):
     tx = steady_came(1e-3, weight_decay=0.1, factoring=RULE, mu_dtype=mu_dtype)

@@ -90,6 +90,7 @@ WRAPPERS = {
 }
 
 
+@pytest.mark.slow(but=3)
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 def test_wrappers_change_nothing(wrap):
     state = state_sharding(wrap(came), PARAMS, SPECS)
@@ -227,6 +228,7 @@ def test_init_places_the_state_and_updates_compile_once(auto_mesh, sizes):
 LARGE = {"kernel": jax.ShapeDtypeStruct((64, 128), jnp.float32)}
 
 
+@pytest.mark.slow(but=4)
 @pytest.mark.parametrize("mu_dtype", ["int8", "int4"])
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 def test_wrappers_change_nothing_about_quantized_momentum(wrap, mu_dtype):
@@ -294,6 +296,7 @@ SHARDED = {
 }
 
 
+@pytest.mark.slow(but=5)
 @pytest.mark.parametrize("explicit", [False, True])
 @pytest.mark.parametrize("shape", SHARDED, ids=str)
 def test_four_bits_take_no_more_of_a_device_than_eight(shape, explicit):
@@ -317,6 +320,7 @@ def test_four_bits_take_no_more_of_a_device_than_eight(shape, explicit):
             assert largest_shard("int4") <= 0.52 * largest_shard("int8") + 8, spec
 
 
+@pytest.mark.slow(but=2)
 @pytest.mark.skipif(
     jax.__version_info__ < (0, 10),
     reason="the XLA of jax 0.8.1 refuses scalars beside arrays in host memory",
