@@ -195,10 +195,12 @@ def test_what_a_killed_run_was_writing_is_removed():
     with runs.claim("name", RunOptions(output="run")) as folder:
         (folder / "model.safetensors").touch()
         (folder / ".model.safetensors-1234").touch()
+        (folder / "checkpoints" / "tmp-4" / "state").mkdir(parents=True)
         (folder / ".mine-and-yours").touch()
     with runs.claim("name", RunOptions(output="run")) as folder:
-        left = {".lock", ".mine-and-yours", "model.safetensors"}
+        left = {".lock", ".mine-and-yours", "model.safetensors", "checkpoints"}
         assert set(os.listdir(folder)) == left
+        assert os.listdir(folder / "checkpoints") == []
 
 
 def test_a_death_in_the_first_checkpoint_leaves_a_folder_to_begin_anew_in():

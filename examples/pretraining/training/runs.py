@@ -10,6 +10,7 @@ import datetime
 import fcntl
 import os
 import shlex
+import shutil
 import socket
 import sys
 from collections.abc import Iterator
@@ -63,6 +64,8 @@ def claim(name: str, options: RunOptions) -> Iterator[Path]:
                 folder = stack.enter_context(_folder(name, options))
                 stack.enter_context(_locked(folder))
                 remove_left(folder)
+                for left in folder.glob("checkpoints/tmp-*"):
+                    shutil.rmtree(left)
             except OSError as error:
                 place = options.output or error.filename or ROOT
                 raise UserError(
