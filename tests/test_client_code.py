@@ -220,6 +220,7 @@ def match_partition_rules(rules, tree):
     return jax.tree.map_with_path(spec, tree)
 
 
+@pytest.mark.slow
 def test_easylm():
     d, inner = 64, 128
     attention = {name: {"kernel": (d, d)} for name in ("wq", "wk", "wv", "wo")}

@@ -59,7 +59,7 @@ def target(name: str, dtype: Any) -> tuple[Any, Any, Callable[[Any, Any], jax.Ar
     return optax.tree.zeros_like(mixed), mixed, squared_distance
 
 
-@pytest.mark.slow(but=6)
+@pytest.mark.slow(but=20)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex64], ids=["real", "complex"])
 @pytest.mark.parametrize("name", ["parabola", "rosenbrock", "matrix", "mixed"])
 @pytest.mark.parametrize("variant", VARIANTS)

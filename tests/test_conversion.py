@@ -259,6 +259,7 @@ def test_a_schedule_that_is_new_counts_on():
     assert converted[0][-1].count == 6
 
 
+@pytest.mark.slow
 def test_no_jump_in_a_training_run():
     """The loss of a regression goes on falling where AdamW had brought it."""
     key = jax.random.key(2)

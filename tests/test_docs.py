@@ -30,6 +30,7 @@ def run(code: list[str]) -> dict:
     return names
 
 
+@pytest.mark.slow(but=5)
 @pytest.mark.parametrize(
     "path",
     [
@@ -45,6 +46,7 @@ def test_blocks_run(path):
     run(blocks(path))
 
 
+@pytest.mark.slow
 def test_notebook_trains():
     cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
     code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]

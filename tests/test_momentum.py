@@ -265,7 +265,11 @@ def test_no_state_is_larger_than_adams(shape: Any, rule: Any, mu_dtype: Any) -> 
 
 
 @pytest.mark.parametrize(
-    ("model", "parameters"), [("bert-large", 335_174_458), ("gpt2-xl", 1_557_611_200)]
+    ("model", "parameters"),
+    [
+        ("bert-large", 335_174_458),
+        pytest.param("gpt2-xl", 1_557_611_200, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize(
     ("mu_dtype", "budget"),

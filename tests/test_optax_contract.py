@@ -179,6 +179,7 @@ def test_none_leaves_empty_trees_and_empty_arrays(name: str, tree: Any) -> None:
     chex.assert_tree_all_finite((updates, after))
 
 
+@pytest.mark.slow(but=2)
 @pytest.mark.parametrize("wrap", [lambda tx: tx, lambda tx: optax.MultiSteps(tx, 1)])
 @pytest.mark.parametrize("inject", [False, True])
 def test_count_beside_a_schedule_is_that_of_a_named_state(

@@ -201,6 +201,7 @@ WRONG: dict[str, list[tuple[Any, str, Any]]] = {
 }
 
 
+@pytest.mark.slow(but=3)
 @pytest.mark.parametrize(
     ("platform", "term"),
     [(p, i) for p, terms in WRONG.items() for i in range(len(terms))],

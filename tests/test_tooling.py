@@ -4,6 +4,8 @@ import pathlib
 import re
 import tomllib
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -26,3 +28,9 @@ def test_documented_make_targets_are_there():
         named = re.findall(r"^\s*(?:step .* )?make ([a-z-]+)", text, flags=re.M)
         assert named
         assert set(named) <= targets
+
+
+def test_every_file_has_tests_that_are_quick(request: pytest.FixtureRequest):
+    items = request.session.items
+    quick = {item.path for item in items if item.get_closest_marker("slow") is None}
+    assert quick == {item.path for item in items}

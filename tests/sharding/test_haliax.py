@@ -108,6 +108,7 @@ def test_named_jit_places_the_state(mu_dtype):
     assert query["v_col"].array.sharding.spec == P(None, "tensor", None)
 
 
+@pytest.mark.slow
 def test_a_job_is_moved():
     model = make_model()
     old, new = optax.adamw(1e-3), steady_came(1e-3, factoring=RULE, mu_dtype="int8")
