@@ -13,9 +13,11 @@ Union addresses. On two CPU cores it takes a minute and ends at a validation los
 
 import dataclasses
 
+from pretraining import cli  # First, for Ctrl-C during the others.
+
+# isort: split
 from jax.typing import DTypeLike
 
-from pretraining import cli
 from pretraining.data import baselines, corpus, tokenization
 from pretraining.data.masking import SEP, Masking, wordpiece
 from pretraining.data.pipeline import Windows, blank

@@ -13,9 +13,11 @@ On two CPU cores it takes three minutes and ends at a validation loss of 2.68
 
 import dataclasses
 
+from pretraining import cli  # First, for Ctrl-C during the others.
+
+# isort: split
 from jax.typing import DTypeLike
 
-from pretraining import cli
 from pretraining.data import baselines, corpus, tokenization
 from pretraining.data.pipeline import Windows, blank
 from pretraining.models import gpt2, hugging_face, sampling

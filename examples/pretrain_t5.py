@@ -13,10 +13,12 @@ model to compare with. The run's folder can then be loaded by Hugging Face's
 
 import dataclasses
 
+from pretraining import cli  # First, for Ctrl-C during the others.
+
+# isort: split
 import numpy as np
 from jax.typing import DTypeLike
 
-from pretraining import cli
 from pretraining.data import baselines, corpus, tokenization
 from pretraining.data.pipeline import Windows, blank
 from pretraining.data.span_corruption import END, SpanCorruption, unigram
