@@ -41,8 +41,6 @@ def run(code: list[str]) -> dict:
     ids=lambda path: path.stem,
 )
 def test_blocks_run(path):
-    if path.stem == "in-your-code-base" and jax.__version_info__ < (0, 10):
-        pytest.skip("the XLA of jax 0.8.1 refuses scalars beside arrays in host memory")
     run(blocks(path))
 
 
