@@ -1,7 +1,7 @@
 """Draws docs/figures/loss_against_memory.svg: what each byte of state buys.
 
-And writes the same losses into docs/results/losses.md, which README.md shows too. From
-the logs of `examples/compare_optimizers.py` in docs/results:
+And writes the same losses into docs/results/losses.md and README.md. From the logs of
+`examples/compare_optimizers.py` in docs/results:
 
     python docs/figures/loss_against_memory.py
 """
@@ -17,26 +17,32 @@ from dynamics import STYLE
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
+from comparing.figures import COLORS  # noqa: E402
 from comparing.runs import Log  # noqa: E402
 from comparing.summary import spread, summarize  # noqa: E402
 
 TASKS = {"gpt2": "GPT-2", "bert": "BERT", "t5": "T5"}
-BLUE, ORANGE = "#0072b2", "#d55e00"
-# Label, marker, colour and how much of the marker is filled. Where AdamW and NAdamW
-# come with two β2, the better one on the task.
+# Label, marker, whose colour and how much of the marker is filled. Where AdamW and
+# NAdamW come with two β2, the better one on the task.
 METHODS = {
-    ("steady-came",): ("steady_came", "o", ORANGE, "full"),
-    ("steady-came-int8",): ("the same, int8 momentum", "o", ORANGE, "left"),
-    ("steady-came-int4",): ("the same, int4 momentum", "o", ORANGE, "none"),
-    ("adamw", "adamw-b2-0.999"): ("AdamW", "s", BLUE, "full"),
-    ("nadamw", "nadamw-b2-0.999"): ("NAdamW", "s", BLUE, "none"),
-    ("flash-adamw",): ("AdamW in 8 bits", "s", BLUE, "left"),
-    ("adafactor",): ("Adafactor, momentum 0.9", "^", BLUE, "full"),
-    ("adafactor-b1-0",): ("Adafactor, no momentum", "^", BLUE, "none"),
-    ("muon",): ("Muon", "D", BLUE, "full"),
-    ("came",): ("CAME, as published", "X", ORANGE, "full"),
+    ("steady-came",): ("steady_came", "o", "came", "full"),
+    ("steady-came-int8",): ("the same, int8 momentum", "o", "came", "left"),
+    ("steady-came-int4",): ("the same, int4 momentum", "o", "came", "none"),
+    ("adamw", "adamw-b2-0.999"): ("AdamW", "s", "adamw", "full"),
+    ("nadamw", "nadamw-b2-0.999"): ("NAdamW", "s", "nadamw", "none"),
+    ("flash-adamw",): ("AdamW in 8 bits", "s", "adamw", "left"),
+    ("adafactor",): ("Adafactor, momentum 0.9", "^", "adafactor", "full"),
+    ("adafactor-b1-0",): ("Adafactor, no momentum", "^", "adafactor", "none"),
+    ("muon",): ("Muon", "D", "muon", "full"),
+    ("muon-int8",): ("Muon and steady_came, int8", "D", "muon", "left"),
+    ("came",): ("CAME, as published", "X", "published-came", "full"),
 }
 LOSSES = ROOT / "docs" / "results" / "losses.md"
+README = ROOT / "README.md"
+BEGIN, END = (
+    "<!-- losses, by docs/figures/loss_against_memory.py -->\n",
+    "<!-- end -->\n",
+)
 
 
 def read(task):
@@ -51,10 +57,16 @@ def read(task):
 
 
 def table(results):
-    """Returns mean ± standard deviation over seeds, a row an optimizer."""
-    lines = [["optimizer", *TASKS.values()], ["---", *["---:"] * len(TASKS)]]
+    """Returns bytes, and mean loss ± standard deviation over seeds, by optimizer."""
+    names = ["optimizer", "bytes / parameter", *TASKS.values()]
+    lines = [names, ["---", *["---:"] * (len(names) - 1)]]
     for label, *_ in METHODS.values():
-        row = [label]
+        known = [found[label] for found in results.values() if label in found]
+        if not known:
+            continue
+        sizes = [summary.cost["state_bytes_per_parameter"] for summary in known]
+        low, high = f"{min(sizes):.1f}", f"{max(sizes):.1f}"
+        row = [label, low if low == high else f"{low} to {high}"]
         for found in results.values():
             finals = found[label].finals() if label in found else []
             row.append(
@@ -62,18 +74,22 @@ def table(results):
                 if len(finals) > 1
                 else ""
             )
-        if any(row[1:]):
+        if any(row[2:]):
             lines.append(row)
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def main():
     results = {task: read(task) for task in TASKS}
-    LOSSES.write_text(table(results), encoding="utf-8")
+    losses = table(results)
+    LOSSES.write_text(losses, encoding="utf-8")
+    readme = README.read_text(encoding="utf-8")
+    head, rest = readme.split(BEGIN)
+    README.write_text(f"{head}{BEGIN}{losses}{END}{rest.split(END, 1)[1]}", "utf-8")
     figure, panels = plt.subplots(1, 3, figsize=(10, 4.2), layout="constrained")
     handles = {}
     for axes, (task, title) in zip(panels, TASKS.items(), strict=True):
-        for label, marker, color, fill in METHODS.values():
+        for label, marker, optimizer, fill in METHODS.values():
             if label not in results[task]:
                 continue
             best = results[task][label]
@@ -83,7 +99,7 @@ def main():
                 finals.mean(),
                 spread(finals),
                 fmt=marker,
-                color=color,
+                color=COLORS[optimizer],
                 fillstyle=fill,
                 markersize=8,
                 capsize=4,

@@ -11,28 +11,42 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from comparing.methods import METHODS
 from comparing.summary import Summary
 
-_MARKERS = "osD^v<>PX*hp"
-_LINES = ("-", "--", "-.", ":")
+# In all figures: an optimizer's methods share a colour.
+COLORS = {
+    "came": "#d55e00",
+    "published-came": "#882255",
+    "adamw": "#0072b2",
+    "nadamw": "#56b4e9",
+    "adafactor": "#009e73",
+    "lion": "#777777",
+    "muon": "#cc79a7",
+}
+MOST_LINES = 6
+_MARKERS = "osD^v<"
+_LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
 
 
 def draw(path: Path, title: str, summaries: Sequence[Summary]) -> None:
-    """Draws loss against steps, learning rate and optimizer state."""
+    """Draws loss against steps, learning rate and optimizer state, of few methods."""
+    summaries = choose(summaries)
     figure, grid = plt.subplots(
         2, 2, figsize=(9, 8.5), layout="constrained", sharey=True
     )
     *axes, legend = grid.flat
     means = [summary.finals().mean() for summary in summaries]
+    # The last may have learnt next to nothing.
+    means = means[:-1] if len(means) == MOST_LINES else means
     lowest = min(min(*s.finals(), *s.losses.values()) for s in summaries)
-    # Not so far up as the worst, which may have learnt next to nothing.
-    range_ = max(np.quantile(means, 0.85) - min(means), 0.01 * min(means))
+    range_ = max(max(means) - min(means), 0.01 * min(means))
     axes[0].set_ylim(lowest - 0.1 * range_, min(means) + 2 * range_)
     for index, summary in enumerate(summaries):
         style = {
-            "color": f"C{index % 10}",
-            "marker": _MARKERS[index % len(_MARKERS)],
-            "linestyle": _LINES[index % len(_LINES)],
+            "color": COLORS[METHODS[summary.name].options.optimizer],
+            "marker": _MARKERS[index],
+            "linestyle": _LINES[index],
             "label": summary.label,
             "markersize": 5,
             "linewidth": 1.2,
@@ -62,6 +76,19 @@ def draw(path: Path, title: str, summaries: Sequence[Summary]) -> None:
     legend.legend(handles, labels, loc="center", handlelength=4, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def choose(summaries: Sequence[Summary]) -> list[Summary]:
+    """Returns at most MOST_LINES: the best of each optimizer, then the best others."""
+    known: set[str] = set()
+    first: list[Summary] = []
+    others: list[Summary] = []
+    for summary in sorted(summaries, key=lambda s: s.finals().mean()):
+        optimizer = METHODS[summary.name].options.optimizer
+        (others if optimizer in known else first).append(summary)
+        known.add(optimizer)
+    chosen = (first + others)[:MOST_LINES]
+    return sorted(chosen, key=lambda s: s.finals().mean())
 
 
 def _plot_learning_rates(axes: Any, summary: Summary, style: dict[str, Any]) -> None:

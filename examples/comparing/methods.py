@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from came_optax import quantized_ema, scale_by_factored_moment
+from came_optax import quantized_ema, scale_by_factored_moment, steady_came
 from pretraining.training.optimizers import (
     OptimizerOptions,
     decay_mask,
@@ -97,6 +98,44 @@ def _without_confidence(options: OptimizerOptions, schedule: optax.Schedule) -> 
     )
 
 
+def _muon_int8(options: OptimizerOptions, schedule: optax.Schedule) -> Any:
+    """Muon as compared, on a byte a parameter; steady_came, too, where it has AdamW."""
+
+    def orthogonalized(m: jax.Array) -> jax.Array:
+        a, b, c = 3.4445, -4.7750, 2.0315
+        x = m / (jnp.linalg.norm(m) + 1e-8)
+        x = x.T if m.shape[0] > m.shape[1] else x
+        for _ in range(5):
+            gram = x @ x.T
+            x = a * x + (b * gram + c * gram @ gram) @ x
+        x = x.T if m.shape[0] > m.shape[1] else x
+        return 0.2 * max(m.shape) ** 0.5 * x
+
+    muon = optax.chain(
+        quantized_ema(0.95, nesterov=True, mu_dtype="int8"),
+        optax.stateless(lambda updates, _: jax.tree.map(orthogonalized, updates)),
+        optax.add_decayed_weights(options.weight_decay),
+        optax.scale_by_learning_rate(schedule),
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(options.clip_norm),
+        optax.partition(
+            {True: muon, False: steady_came(schedule, mu_dtype="int8")}, decay_mask
+        ),
+    )
+
+
+def _lion_int8(options: OptimizerOptions, schedule: optax.Schedule) -> Any:
+    """Lion with β2 0.98 and β1 0.98²: then it is the sign of Nesterov momentum."""
+    return optax.chain(
+        optax.clip_by_global_norm(options.clip_norm),
+        quantized_ema(0.98, nesterov=True, mu_dtype="int8"),
+        optax.scale_by_sign(),
+        optax.add_decayed_weights(options.weight_decay, decay_mask),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
 # What differences are to.
 REFERENCE = "steady-came"
 BEFORE_NESTEROV = "came-bc-b2-0.95-eps2-0.1-clip-1"
@@ -117,6 +156,17 @@ COMPARISON = {
     "adafactor-b1-0": _method("Adafactor, no momentum", "adafactor", b1=0.0),
     "lion": _method("Lion", "lion", 3e-4),
     "muon": _method("Muon", "muon", 1e-2),
+    "muon-int8": Method(
+        "Muon and steady_came, int8 momentum",
+        OptimizerOptions(optimizer="muon", learning_rate=1e-2),
+        make=_muon_int8,
+    ),
+    "lion-b2-0.98": _method("Lion, β1 0.96, β2 0.98", "lion", 3e-4, b1=0.9604, b2=0.98),
+    "lion-int8": Method(
+        "Lion, β1 0.96, β2 0.98, int8 momentum",
+        OptimizerOptions(optimizer="lion", learning_rate=3e-4),
+        make=_lion_int8,
+    ),
     "came": _published("as published"),
 }
 

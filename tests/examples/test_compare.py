@@ -12,6 +12,7 @@ from flax import nnx
 
 import compare_optimizers
 from comparing import search
+from comparing.figures import choose
 from comparing.methods import METHODS
 from comparing.runs import Log, Run
 from comparing.series import Series, Settings, record_largest_update
@@ -188,6 +189,25 @@ def test_table_compares_with_steady_came_where_it_is():
     assert row["validation loss"] == "1.000"
 
 
+def test_figure_shows_each_optimizers_best_before_others():
+    losses = {
+        "muon-int8": 1.0,
+        "muon": 1.1,
+        "steady-came": 1.2,
+        "nadamw": 1.3,
+        "nadamw-b2-0.999": 1.4,
+        "adafactor": 1.5,
+        "adafactor-b1-0": 1.6,
+        "came": 1.7,
+        "lion": 5.0,
+    }
+    summaries = [make_summary(name, [loss]) for name, loss in losses.items()]
+    shown = [summary.name for summary in choose(summaries)]
+    assert shown == ["muon-int8", "steady-came", "nadamw", "adafactor", "came", "lion"]
+    shown = [summary.name for summary in choose(summaries[:4])]
+    assert shown == ["muon-int8", "muon", "steady-came", "nadamw"]
+
+
 def test_log_keeps_what_was_added(tmp_path):
     log = Log(tmp_path / "study")
     first, second = make_run([2.0, 1.5], seed=1), make_run([3.0])
@@ -286,10 +306,11 @@ def test_adamw_in_8_bits_trains_where_it_is_installed(task: Task):
         ("came", 4, 5.5),
         ("adafactor", 4, 5),
         ("adafactor-b1-0", 0, 1),
-        ("nadamw", 8, 8),
         ("steady-came", 4, 5.5),
         ("steady-came-no-confidence", 4, 5),
         ("muon", 4.1, 7.9),
+        ("muon-int8", 1, 4.1),
+        ("lion-int8", 1, 4.1),
     ],
 )
 def test_optimizers_train_and_keep_what_they_should(
