@@ -80,7 +80,7 @@ def axes_of(tx, params):
     return {name: (rows, memory.cols[name]) for name, rows in memory.rows.items()}
 
 
-@pytest.mark.slow(but=1)
+@pytest.mark.slow
 @pytest.mark.parametrize("mu_dtype", ["int8", jnp.dtype("int8"), "bfloat16"])
 def test_maxtext(mu_dtype):
     d, layers, heads, head_dim, inner = 64, 4, 2, 32, 128
@@ -514,6 +514,7 @@ def test_equinox():
     assert [x.shape for x in jax.tree.leaves(run.opt_state[0].v)][1] == (4, 64)
 
 
+@pytest.mark.slow
 def test_experts_are_updated_as_if_alone():
     experts = jax.random.normal(jax.random.key(0), (2, 4, 32, 48))
     params = {"layers": {"experts": {"wi": experts}}, "experts": {"wo": experts[0]}}

@@ -71,7 +71,7 @@ def cosine(x, y):
     return float(jnp.vdot(x, y) / jnp.linalg.norm(x) / jnp.linalg.norm(y))
 
 
-@pytest.mark.slow(but=2)
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize(
     ("mu_dtype", "new_dtype"),
     [
@@ -219,7 +219,7 @@ ADAMS = {
 }
 
 
-@pytest.mark.slow(but=2)
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize(
     ("adam", "mu_dtype", "rule"),
     [
@@ -332,7 +332,7 @@ def placed(*shape):
     return {name: NamedSharding(mesh, specs.get(name, P())) for name in SHAPES}
 
 
-@pytest.mark.slow(but=1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "mu_dtype", "new_rule", "new_dtype"),
     [

@@ -50,7 +50,7 @@ def gradients(step: int) -> dict[str, jax.Array]:
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), g)
 
 
-@pytest.mark.slow(but=3)
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.usefixtures("debugging")
 def test_updates(name: str) -> None:

@@ -376,7 +376,7 @@ def test_scan_and_vmap(mu_dtype: str) -> None:
         chex.assert_trees_all_equal_dtypes(one[1], alone[1])
 
 
-@pytest.mark.slow(but=1)
+@pytest.mark.slow  # And one code may differ where XLA does not optimise.
 @quantized
 def test_inside_multi_steps_and_inject_hyperparams(mu_dtype: str) -> None:
     plain, _ = trained(came(1e-2, mu_dtype=mu_dtype))

@@ -155,6 +155,7 @@ def test_nnx_training_equals_that_of_separate_plain_layers(mesh):
     chex.assert_trees_all_close(trained, params, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_nnx_functional_state(mesh):
     graph, params, rest = nnx.split(Model(nnx.Rngs(0)), nnx.Param, ...)
     shardings = state_sharding(TX, params, nnx.get_named_sharding(params, mesh))

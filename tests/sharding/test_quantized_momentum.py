@@ -32,7 +32,7 @@ def make_params(mesh: Any) -> dict[str, jax.Array]:
     }
 
 
-@pytest.mark.slow(but=1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mu_dtype", "rule"),
     [
