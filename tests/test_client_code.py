@@ -337,6 +337,7 @@ def test_gemma():
     )
 
 
+@pytest.mark.slow
 def test_nanodo():
     d, heads = 64, 4
     dense = {"kernel": (d, heads, d // heads)}
@@ -429,6 +430,7 @@ def test_big_vision(monkeypatch):
     )
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("anneal", [True, False])
 def test_purejaxrl(anneal):
     config = {"MAX_GRAD_NORM": 0.5, "LR": 0.1, "ANNEAL_LR": anneal}
@@ -492,6 +494,7 @@ class EquinoxModel(eqx.Module):
     head: eqx.nn.Linear
 
 
+@pytest.mark.slow
 def test_equinox():
     @eqx.filter_vmap
     def make(key):

@@ -171,6 +171,7 @@ def test_a_leaf_of_one_element(shape: tuple[int, ...]) -> None:
     assert jnp.max(largest) <= (40.0 if len(shape) >= 2 else 1.0)
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize(
     "kind, bound",
     [

@@ -139,6 +139,7 @@ def test_momentum_of_zero_gradients_decays(mu_dtype: str, gradient: Any) -> None
     assert left_after(mu_dtype, 200, **gradient) <= 0.02
 
 
+@pytest.mark.slow(but=1)
 @quantized
 def test_momentum_decays_with_a_slow_rate_too(mu_dtype: str) -> None:
     gradient = {"noise": 1.0, "constant": 0.0}
@@ -353,6 +354,7 @@ def trained(tx: Any, steps: int = 4, jit: bool = True) -> Any:
     return params, state
 
 
+@pytest.mark.slow(but=1)
 @quantized
 def test_scan_and_vmap(mu_dtype: str) -> None:
     tx = came(1e-2, mu_dtype=mu_dtype)
