@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 from comparing.figures import COLORS  # noqa: E402
 from comparing.runs import Log  # noqa: E402
 from comparing.summary import spread, summarize  # noqa: E402
+from pretraining.table import format_table  # noqa: E402
 
 TASKS = {"gpt2": "GPT-2", "bert": "BERT", "t5": "T5"}
 # Label, marker, whose colour and how much of the marker is filled. Where AdamW and
@@ -39,10 +40,8 @@ METHODS = {
 }
 LOSSES = ROOT / "docs" / "results" / "losses.md"
 README = ROOT / "README.md"
-BEGIN, END = (
-    "<!-- losses, by docs/figures/loss_against_memory.py -->\n",
-    "<!-- end -->\n",
-)
+BEGIN = "<!-- losses, by docs/figures/loss_against_memory.py -->\n"
+END = "<!-- end -->\n"
 
 
 def read(task):
@@ -58,8 +57,7 @@ def read(task):
 
 def table(results):
     """Returns bytes, and mean loss ± standard deviation over seeds, by optimizer."""
-    names = ["optimizer", "bytes / parameter", *TASKS.values()]
-    lines = [names, ["---", *["---:"] * (len(names) - 1)]]
+    rows = [["optimizer", "bytes / parameter", *TASKS.values()]]
     for label, *_ in METHODS.values():
         known = [found[label] for found in results.values() if label in found]
         if not known:
@@ -75,8 +73,8 @@ def table(results):
                 else ""
             )
         if any(row[2:]):
-            lines.append(row)
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+            rows.append(row)
+    return format_table(rows, "<" + ">" * (len(rows[0]) - 1), markdown=True) + "\n"
 
 
 def main():
