@@ -32,11 +32,10 @@ def make_params(mesh: Any) -> dict[str, jax.Array]:
     }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mu_dtype", "rule"),
     [
-        ("int8", LastTwoAxes()),
+        pytest.param("int8", LastTwoAxes(), marks=pytest.mark.slow),
         ("int4", Stacked(BalancedSplit(), where=r"\(4, ")),
     ],
     ids=["int8", "int4-stacked"],
