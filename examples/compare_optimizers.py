@@ -6,7 +6,7 @@ trains the smallest GPT-2 under every optimizer at one seed and learning rates t
 10^(1/4) apart around its best, then with more seeds at that best: 8 to 10 runs of about
 15 s each on one CPU core, or a minute each for BERT and T5. It goes on where it stopped
 when run again. Writes a log of all runs, tables and plots into
-runs/compare-gpt2-nano. docs/learning-rate.md shows what to expect.
+runs/compare-gpt2. docs/learning-rate.md shows what to expect.
 """
 
 import dataclasses
@@ -35,19 +35,24 @@ from comparing.summary import summarize
 from comparing.table import make_tables
 from pretraining import scripts
 from pretraining.data import corpus
+from pretraining.data.labelled import LabelledTextOptions
 from pretraining.errors import UserError
 from pretraining.files import write_atomically
-from pretraining.options import option, positive_int
+from pretraining.options import option, positive_float, positive_int
 from pretraining.task import Task
 
 LOG_EVERY = 10
 # A run of the smallest size that ranks optimizers. BERT learns from one token in seven,
 # and on small batches no more for a long time than how often each token occurs.
+# The classifier is pretrained, and sees half of the sentences.
 RUNS = {
-    "gpt2": {"steps": 600, "batch_size": 8, "eval_batches": 48},
-    "bert": {"steps": 600, "batch_size": 256, "eval_batches": 24},
-    "t5": {"steps": 600, "batch_size": 16, "eval_batches": 48},
+    "gpt2": dict(steps=600, batch_size=8, eval_batches=48, evaluations=10),
+    "bert": dict(steps=600, batch_size=256, eval_batches=24, evaluations=10),
+    "t5": dict(steps=600, batch_size=16, eval_batches=48, evaluations=10),
+    "classifier": dict(steps=100, batch_size=32, eval_batches=26, evaluations=2),
 }
+# What fine-tuning takes of a method's learning rate, where the search begins.
+FINE_TUNING = 0.05
 # What has a table and plots of its own.
 GROUPS = {
     "comparison": COMPARISON,
@@ -67,7 +72,7 @@ class CompareOptions:
     """Options for the comparison."""
 
     task: str = option("gpt2", "to train on", choices=RUNS)
-    size: str = option("nano", "of the model")
+    size: str | None = option(None, "of the model (default: nano; classifier: MiniLM)")
     methods: Sequence[str] | None = option(
         None,
         f"what to compare, of {', '.join(METHODS)} (default: all)",
@@ -81,29 +86,37 @@ class CompareOptions:
         "eval_batches", "held-out batches to evaluate on, always the same"
     )
     seeds: int = option(3, "at each best learning rate", type=positive_int)
+    learning_rates: Sequence[float] | None = option(
+        None,
+        "to try, each as the next 10^(k/4), in place of the search",
+        nargs="+",
+        type=positive_float,
+        metavar="X",
+    )
     output: str | None = option(
         None,
-        "folder of all results (default: runs/compare-TASK-SIZE)",
+        "folder of all results (default: runs/compare-TASK or -TASK-SIZE)",
         metavar="FOLDER",
     )
 
 
 def main() -> None:
     options, text = cli.parse_without_run(__doc__, [CompareOptions, corpus.TextOptions])
-    folder = Path(options.output or f"runs/compare-{options.task}-{options.size}")
+    name = "-".join(["compare", options.task, *filter(None, [options.size])])
+    folder = Path(options.output or f"runs/{name}")
     run = {
-        name: getattr(options, name) or default
+        name: getattr(options, name, None) or default
         for name, default in RUNS[options.task].items()
     }
     if run["steps"] % LOG_EVERY:
         raise UserError(f"--steps {run['steps']}: must be a multiple of {LOG_EVERY}")
-    settings = Settings(**run, evaluations=10, log_every=LOG_EVERY)
+    settings = Settings(**run, log_every=LOG_EVERY)
     task = make_task(options, text)
     check_settings(folder, task, settings)
     log = Log(folder)
     for name in options.methods or METHODS:
         if METHODS[name].installed:
-            compare(task, name, settings, options.seeds, log)
+            compare(task, name, settings, options, log)
         else:
             print(f"{name}: left out, needs the package {METHODS[name].package}")
     report(task, folder, log)
@@ -113,18 +126,25 @@ def make_task(options: CompareOptions, text: corpus.TextOptions) -> Task:
     """Returns the task that the example of that name trains on.
 
     Raises:
-        UserError: The task's model has no such size.
+        UserError: The task's model has no such size, or no text but its own.
     """
-    script, model = scripts.load(options.task, options.size)
+    if options.task == "classifier":
+        if options.size is not None or text != corpus.TextOptions():
+            raise UserError("--task classifier: has neither --size nor texts of yours")
+        import finetune_classifier
+
+        model, sentences = finetune_classifier.ModelOptions(), LabelledTextOptions()
+        return finetune_classifier.make_task(model, sentences, 48)[0]
+    script, model = scripts.load(options.task, options.size or "nano")
     task: Task = script.make_task(model, text)
     return task
 
 
-def compare(task: Task, name: str, settings: Settings, seeds: int, log: Log) -> None:
+def compare(
+    task: Task, name: str, settings: Settings, options: CompareOptions, log: Log
+) -> None:
     """Does the runs of one method that are not done yet."""
     method, series = METHODS[name], None
-    assert method.options.learning_rate is not None  # Where the search begins.
-    first = search.index_of(method.options.learning_rate)
 
     def loss(index: int, seed: int) -> float:
         nonlocal series
@@ -142,13 +162,18 @@ def compare(task: Task, name: str, settings: Settings, seeds: int, log: Log) -> 
             )
         return run.final()
 
-    sweep: dict[int, float] = {}
-    while (index := search.next_index(sweep, first)) is not None:
-        sweep[index] = loss(index, 0)
+    given = map(search.index_of, options.learning_rates or ())
+    sweep = {index: loss(index, 0) for index in given}
+    if not sweep:
+        assert method.options.learning_rate is not None
+        factor = FINE_TUNING if task.pretrained else 1.0
+        first = search.index_of(method.options.learning_rate * factor)
+        while (index := search.next_index(sweep, first)) is not None:
+            sweep[index] = loss(index, 0)
     # Seeds at the best; and at what is best then, where others fare worse than seed 0.
     losses = {index: [value] for index, value in sweep.items()}
-    while len(losses[index := search.best_mean(losses)]) < seeds:
-        losses[index] += [loss(index, seed) for seed in range(1, seeds)]
+    while len(losses[index := search.best_mean(losses)]) < options.seeds:
+        losses[index] += [loss(index, seed) for seed in range(1, options.seeds)]
     if log.cost(name) is None:
         series = series or Series(task, method, settings)
         log.add_cost(name, series.cost())

@@ -20,6 +20,7 @@ from pathlib import Path
 from pretraining import cli  # First, for Ctrl-C during the others.
 
 # isort: split
+import jax
 from flax import nnx
 
 from pretraining.data import labelled
@@ -84,6 +85,7 @@ def make_task(
     )
 
     def load_encoder(params: nnx.State) -> nnx.State:
+        params = jax.tree.map(lambda p: p, params)  # Not the one passed in.
         params["bert"] = hugging_face.load_params(pretrained, "bert", params["bert"])
         return params
 

@@ -19,6 +19,7 @@ from pretraining.task import Task, with_param_dtype
 from pretraining.training import devices
 from pretraining.training.optimizers import OptimizerOptions, make_schedule
 from pretraining.training.step import (
+    first_state,
     make_evaluate,
     make_init,
     make_train_step,
@@ -91,7 +92,7 @@ class Series:
         }
         rows: list[dict[str, Any]] = []
         batches = pipeline.train_batches(self.task, settings.batch_size, seed)
-        state = self._init(seed)
+        state = first_state(self.task, self._init, seed)
         peak = jax.device_put(np.float32(learning_rate), devices.replicated(self.mesh))
         state = state._replace(opt_state=optax.tree.set(state.opt_state, peak=peak))
         evaluated, diverged = 0, False

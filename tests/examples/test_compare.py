@@ -6,6 +6,7 @@ import math
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -360,6 +361,50 @@ def test_comparison_resumes_with_what_is_missing(task: Task, tmp_path, monkeypat
 
     monkeypatch.setattr(compare_optimizers, "Series", None)  # Nothing left to train.
     compare(task, tmp_path)
+
+
+def test_learning_rates_may_be_given(task: Task, tmp_path):
+    rates = ["--learning-rates", "1e-3", "3.1e-3", "3.2e-3", "--methods", "lion"]
+    compare(task, tmp_path, *rates)
+    runs = [(run.learning_rate, run.seed) for run in Log(tmp_path).runs("lion")]
+    assert sorted({rate for rate, _ in runs}) == [1e-3, 3.16e-3]
+    assert len(runs) == 3  # Two seeds at the better one.
+    assert "not searched" in (tmp_path / "comparison.md").read_text()
+
+
+def test_pretrained_parameters_take_smaller_steps(task: Task, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare_optimizers.search, "next_index", once)
+    pretrained = dataclasses.replace(task, pretrained=lambda params: params)
+    for each, folder in (task, tmp_path / "a"), (pretrained, tmp_path / "b"):
+        compare(each, folder, "--methods", "lion", "--seeds", "1")
+    first, smaller = (Log(tmp_path / name).runs("lion")[0] for name in "ab")
+    assert smaller.learning_rate / first.learning_rate == pytest.approx(
+        0.0563, rel=0.01
+    )
+
+
+def once(losses: dict[int, float], first: int) -> int | None:
+    return None if losses else first
+
+
+def test_series_begin_with_pretrained_parameters(task: Task):
+    task = dataclasses.replace(
+        task, pretrained=lambda params: jax.tree.map(jnp.ones_like, params)
+    )
+    method = dataclasses.replace(METHODS["lion"], param_dtype="bfloat16")
+    first, _ = Series(task, method, SETTINGS).run(1e-9, 0, {}).curve("loss")
+    # All units of a layer are equal, and so are all logits.
+    assert first[1] == pytest.approx(math.log(13), abs=2e-3)
+
+
+def test_the_classifier_is_one_model_on_one_text(tmp_path, monkeypatch):
+    for argument in ["--size", "nano"], ["--text", "mine.txt"]:
+        argv = ["compare_optimizers.py", "--task", "classifier", *argument]
+        monkeypatch.setattr(sys, "argv", [*argv, "--output", str(tmp_path)])
+        with pytest.raises(
+            UserError, match="--task classifier: has neither --size nor"
+        ):
+            compare_optimizers.main()
 
 
 def test_other_settings_need_another_folder(task: Task, tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """Training and evaluation steps on mock data, over eight devices."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from flax import nnx
 from came_optax import came, steady_came
 from pretraining.errors import UserError
 from pretraining.models import gpt2
-from pretraining.task import Task
+from pretraining.task import Task, with_param_dtype
 from pretraining.training import devices, step
 from pretraining.training.optimizers import (
     OptimizerOptions,
@@ -64,6 +66,21 @@ def test_loss_falls(optimizer: str):
     assert state.step == 5
     chex.assert_tree_all_finite(state.params)
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state))
+
+
+def test_pretrained_parameters_keep_the_dtype_and_the_devices_of_the_first():
+    task = with_param_dtype(TASK, "bfloat16")
+    task = dataclasses.replace(
+        task, pretrained=lambda params: jax.tree.map(np.float32, params)
+    )
+    init = step.make_init(task, optax.sgd(1.0), devices.make_mesh())
+    state, expected = step.first_state(task, init, 0), init(0)
+    chex.assert_trees_all_equal(state.params, expected.params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state.params, expected.params)
+    for p, q in zip(
+        *map(jax.tree.leaves, (state.params, expected.params)), strict=True
+    ):
+        assert p.sharding == q.sharding
 
 
 def test_accumulation_changes_nothing_but_rounding():

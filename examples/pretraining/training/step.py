@@ -85,6 +85,19 @@ def make_init(task: Task, tx: optax.GradientTransformation, mesh: Mesh) -> Init:
     return jax.jit(init, out_shardings=state_shardings(task, tx, mesh))
 
 
+def first_state(task: Task, init: Init, seed: int) -> TrainState:
+    """Returns what `make_init` made, with pretrained parameters where there are any."""
+    state = init(seed)
+    if task.pretrained is None:
+        return state
+    params = jax.tree.map(
+        lambda new, p: jax.device_put(new.astype(p.dtype), p.sharding),
+        task.pretrained(state.params),
+        state.params,
+    )
+    return state._replace(params=params)
+
+
 def state_shapes(
     task: Task, tx: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:

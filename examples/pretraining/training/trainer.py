@@ -30,6 +30,7 @@ from pretraining.training.progress import Progress, Throughput
 from pretraining.training.step import (
     StepOptions,
     TrainState,
+    first_state,
     make_evaluate,
     make_init,
     make_train_step,
@@ -116,15 +117,8 @@ class Trainer:
         if resume:
             self.state = self._restore()
         else:
-            self.state = make_init(task, self.tx, self.mesh)(training.seed)
-            if task.pretrained is not None:
-                of_params = jax.tree.map(lambda p: p.sharding, self.state.params)
-                params = task.pretrained(self.state.params)
-                params = jax.tree.map(
-                    lambda new, p, place: jax.device_put(new.astype(p.dtype), place),
-                    *(params, self.state.params, of_params),
-                )
-                self.state = self.state._replace(params=params)
+            init = make_init(task, self.tx, self.mesh)
+            self.state = first_state(task, init, training.seed)
         if devices.is_first_process():
             for name, content in task.files.items():
                 write_atomically(self.folder / name, content)
