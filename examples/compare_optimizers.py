@@ -32,7 +32,7 @@ from comparing.methods import (
 from comparing.runs import Log
 from comparing.series import Series, Settings
 from comparing.summary import summarize
-from comparing.table import make_tables
+from comparing.table import make_same_rate_table, make_tables
 from pretraining import scripts
 from pretraining.data import corpus
 from pretraining.data.labelled import LabelledTextOptions
@@ -190,6 +190,8 @@ def report(task: Task, folder: Path, log: Log) -> None:
             write_atomically(folder / f"{group}.md", tables)
             draw(folder / f"{group}.png", task.name, members)
             print(f"\n{tables}")
+    if (table := make_same_rate_table(log, list(METHODS))) is not None:
+        write_atomically(folder / "same_rate.md", table)
 
 
 def check_settings(folder: Path, task: Task, settings: Settings) -> None:

@@ -76,9 +76,8 @@ class Summary:
 
         Pairs are of the seeds that both have; of one pair the error is NaN.
         """
-        theirs = {run.seed: run.final() for run in other.runs}
-        pairs = [r.final() - theirs[r.seed] for r in self.runs if r.seed in theirs]
-        return float(np.mean(pairs)), spread(pairs) / len(pairs) ** 0.5
+        differences = paired_differences(self.runs, other.runs)
+        return float(np.mean(differences)), standard_error(differences)
 
 
 def summarize(log: Log, name: str) -> Summary | None:
@@ -99,6 +98,17 @@ def summarize(log: Log, name: str) -> Summary | None:
         search.good_range(sweep),
         cost,
     )
+
+
+def paired_differences(runs: Sequence[Run], others: Sequence[Run]) -> list[float]:
+    """Returns the differences of final losses, one for each seed that both have."""
+    theirs = {run.seed: run.final() for run in others}
+    return [r.final() - theirs[r.seed] for r in runs if r.seed in theirs]
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Returns the standard error of the mean, NaN if there is only one value."""
+    return spread(values) / len(values) ** 0.5
 
 
 def spread(values: Sequence[float] | np.ndarray) -> float:

@@ -3,9 +3,18 @@
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from comparing import search
-from comparing.methods import REFERENCE
-from comparing.summary import Summary, best_of, spread
+from comparing.methods import METHODS, REFERENCE
+from comparing.runs import Log
+from comparing.summary import (
+    Summary,
+    best_of,
+    paired_differences,
+    spread,
+    standard_error,
+)
 from pretraining.table import format_table
 
 # In a second table, which keeps the first one as wide as a page.
@@ -15,6 +24,8 @@ DETAILS = (
     "spikes",
     "learning rates tried",
 )
+# Of seeds, for a difference to be worth a row.
+FEWEST_PAIRS = 3
 
 
 def make_tables(summaries: Sequence[Summary], known: Sequence[Summary]) -> str:
@@ -35,6 +46,35 @@ def make_tables(summaries: Sequence[Summary], known: Sequence[Summary]) -> str:
     ]
     names = [name for name in rows[0] if name not in DETAILS]
     return f"{_format(rows, names)}\n\n{_format(rows, ['optimizer', *DETAILS])}\n"
+
+
+def make_same_rate_table(log: Log, names: Sequence[str]) -> str | None:
+    """Returns the differences from the reference at its own learning rates, or None.
+
+    Of runs at which a method has no fewer than `FEWEST_PAIRS` seeds in common with it.
+
+    Args:
+        log: All runs.
+        names: The rows' methods.
+    """
+    reference = log.runs(REFERENCE)
+    rows = []
+    for rate in sorted({run.learning_rate for run in reference}):
+        here = [run for run in reference if run.learning_rate == rate]
+        for name in names:
+            runs = [run for run in log.runs(name) if run.learning_rate == rate]
+            differences = paired_differences(runs, here)
+            if name == REFERENCE or len(differences) < FEWEST_PAIRS:
+                continue
+            mean, error = float(np.mean(differences)), standard_error(differences)
+            row = [METHODS[name].label, f"{rate:.1e}", str(len(differences))]
+            rows.append((rate, mean, [*row, f"{mean:+.3f} ± {error:.3f}"]))
+    if not rows:
+        return None
+    head = ["optimizer", "learning rate", "seeds"]
+    head.append(f"loss − {METHODS[REFERENCE].label}'s at that rate")
+    cells = [head, *(cells for *_, cells in sorted(rows))]
+    return format_table(cells, "<>>>", markdown=True) + "\n"
 
 
 def _format(rows: Sequence[Mapping[str, str]], names: Sequence[str]) -> str:

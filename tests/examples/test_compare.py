@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
+import pathlib
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ from comparing.methods import METHODS
 from comparing.runs import Log, Run
 from comparing.series import Series, Settings, record_largest_update
 from comparing.summary import Summary, summarize
-from comparing.table import make_tables
+from comparing.table import make_same_rate_table, make_tables
 from pretraining.data import pipeline
 from pretraining.data.pipeline import Windows
 from pretraining.errors import UserError
@@ -31,6 +33,7 @@ from pretraining.training.optimizers import (
     make_schedule,
 )
 
+ROOT = pathlib.Path(__file__).parents[2]
 SETTINGS = Settings(20, 8, evaluations=2, eval_batches=1, log_every=10)
 
 
@@ -188,6 +191,44 @@ def test_table_compares_with_steady_came_where_it_is():
     row = table(summaries)[0][1]
     assert row["loss − steady-came's"] == "+0.300"
     assert row["validation loss"] == "1.000"
+
+
+def test_same_rate_table_has_seed_by_seed_differences_of_three_pairs(tmp_path):
+    log = Log(tmp_path)
+    finals = {
+        ("steady-came", 1e-3): [1.0, 1.2, 1.1],
+        ("steady-came", 1e-2): [0.5, 0.5, 0.5],
+        ("adamw", 1e-3): [1.3, 1.5, 1.7],
+        ("lion", 1e-3): [1.1, 1.3, 1.2, 9.0],  # A seed without a partner.
+        ("muon", 1e-3): [0.1, 0.1],
+        ("adamw", 1e-4): [2.0, 2.0, 2.0],
+    }
+    for (name, rate), losses in finals.items():
+        for seed, loss in enumerate(losses):
+            run = make_run([2.0], seed, validation=(3.0, loss))
+            about = dict(run.about) | {"method": name, "learning_rate": rate}
+            log.add(dataclasses.replace(run, about=about))
+    text = make_same_rate_table(log, list(METHODS))
+    rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
+    assert [row[1:-1] for row in rows[2:]] == [
+        ["Lion", "1.0e-03", "3", "+0.100 ± 0.000"],
+        ["AdamW, β2 0.95", "1.0e-03", "3", "+0.400 ± 0.100"],
+    ]
+    assert make_same_rate_table(log, ["muon"]) is None
+
+
+@pytest.mark.parametrize("name", ["gpt2-nano", "bert-nano", "t5-nano"])
+def test_committed_tables_are_what_the_logs_say(name: str):
+    folder = ROOT / "docs" / "results" / name
+    log = Log(folder)
+    known = [summary for summary in map(partial(summarize, log), METHODS) if summary]
+    tables = {
+        f"{group}.md": make_tables([s for s in known if s.name in names], known)
+        for group, names in compare_optimizers.GROUPS.items()
+    }
+    tables["same_rate.md"] = make_same_rate_table(log, list(METHODS))
+    for file, text in tables.items():
+        assert (folder / file).read_text(encoding="utf-8") == text
 
 
 def test_figure_shows_each_optimizers_best_before_others():
