@@ -1,15 +1,11 @@
-r"""Pretrain GPT-2 on real text with CAME: all of it in this file, to copy and change.
+"""Pretrain GPT-2 on real text with CAME: all of it in this file, to copy and change.
 
     python examples/gpt2_in_one_file.py --folder runs/one-file
 
 trains a tiny size on the State of the Union addresses, over all local devices. On two
 CPU cores it takes three minutes and ends at a validation loss of 2.7. Stopped, it goes
-on from its newest checkpoint when run again. At full size, on an accelerator:
-
-    python examples/gpt2_in_one_file.py --folder runs/small --text 'mine/*.txt' \
-        --vocab_size 50257 --length 1024 --width 768 --layers 12 --heads 12 \
-        --batch_size 480 --steps 50000
-
+on from its newest checkpoint when run again. GPT-2 small, on an accelerator, is
+`--vocab_size 50257 --length 1024 --width 768 --layers 12 --heads 12 --batch_size 480`.
 Suffixes give shapes: B batch, L length, D width, N heads, H head size, V vocabulary.
 """
 
@@ -45,8 +41,6 @@ class Config:
     steps: int = 1000
     batch_size: int = 32
     learning_rate: float = 3e-3
-    warmup: int = 100
-    clip_norm: float = 1.0
     save_every: int = 100
     seed: int = 0
 
@@ -67,21 +61,20 @@ class Block(nnx.Module):
     def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
         B, L, D = x_BxLxD.shape
         qkv_BxLx3xNxH = self.qkv(self.norm_1(x_BxLxD)).reshape(B, L, 3, self.heads, -1)
-        mixed_BxLxNxH = jax.nn.dot_product_attention(
-            *jnp.unstack(qkv_BxLx3xNxH, axis=2), is_causal=True
-        )
+        q, k, v = jnp.unstack(qkv_BxLx3xNxH, axis=2)
+        mixed_BxLxNxH = jax.nn.dot_product_attention(q, k, v, is_causal=True)
         x_BxLxD += self.out(mixed_BxLxNxH.reshape(B, L, D))
         return x_BxLxD + self.down(jax.nn.gelu(self.up(self.norm_2(x_BxLxD))))
 
 
 class GPT2(nnx.Module):
     def __init__(self, config: Config, rngs: nnx.Rngs):
-        width, init = config.width, nnx.initializers.normal(0.02)
-        embed = functools.partial(nnx.Embed, embedding_init=init, rngs=rngs)
-        self.tokens = embed(config.vocab_size, width)
-        self.positions = embed(config.length, width)
+        V, L, D = config.vocab_size, config.length, config.width
+        init = nnx.initializers.normal(0.02)
+        self.tokens = nnx.Embed(V, D, embedding_init=init, rngs=rngs)
+        self.positions = nnx.Embed(L, D, embedding_init=init, rngs=rngs)
         self.blocks = nnx.List([Block(config, rngs) for _ in range(config.layers)])
-        self.norm = nnx.LayerNorm(width, rngs=rngs)
+        self.norm = nnx.LayerNorm(D, rngs=rngs)
 
     def __call__(self, tokens_BxL: jax.Array) -> jax.Array:
         positions_1xL = jnp.arange(tokens_BxL.shape[1])[None]
@@ -113,19 +106,13 @@ def train(config: Config) -> Any:
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     whole = NamedSharding(mesh, PartitionSpec())
     split = NamedSharding(mesh, PartitionSpec("data"))
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: GPT2(config, nnx.Rngs(0))))
-    schedule = optax.warmup_cosine_decay_schedule(
-        0, config.learning_rate, config.warmup, config.steps, config.learning_rate / 10
-    )
+    graphdef, params = nnx.split(GPT2(config, nnx.Rngs(config.seed)))
+    steps, lr = config.steps, config.learning_rate
+    schedule = optax.warmup_cosine_decay_schedule(0, lr, steps // 10, steps, lr / 10)
     kernels = functools.partial(nnx.map_state, lambda path, _: path[-1] == "kernel")
-    tx = optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        steady_came(schedule, weight_decay=0.1, weight_decay_mask=kernels),
-    )
-
-    def init() -> Any:
-        params = nnx.state(GPT2(config, nnx.Rngs(config.seed)), nnx.Param)
-        return params, tx.init(params)
+    came = steady_came(schedule, weight_decay=0.1, weight_decay_mask=kernels)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), came)
+    state = jax.device_put((params, tx.init(params)), whole)
 
     def loss_fn(params: Any, tokens_BxL1: jax.Array) -> jax.Array:
         logits_BxLxV = nnx.merge(graphdef, params)(tokens_BxL1[:, :-1])
@@ -146,23 +133,20 @@ def train(config: Config) -> Any:
         starts = np.random.default_rng(seed).integers(last, size=(config.batch_size, 1))
         return jax.device_put(tokens[starts + np.arange(config.length + 1)], split)
 
-    state, eval_step = jax.jit(init, out_shardings=whole)(), jax.jit(loss_fn)
+    eval_step = jax.jit(loss_fn)
     held_out = [batch(held_out_tokens, k) for k in range(16)]
-    # Saved before training goes on: the next step donates the arrays.
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=2, enable_async_checkpointing=False
-    )
-    folder = Path(config.folder).absolute()
-    with ocp.CheckpointManager(folder, options=options) as checkpoints:
-        done = checkpoints.latest_step() or 0
+    # Not in the background: the next step donates the arrays.
+    keep = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+    with ocp.CheckpointManager(Path(config.folder).absolute(), options=keep) as store:
+        done = store.latest_step() or 0
         if done:
-            state = checkpoints.restore(done, args=ocp.args.StandardRestore(state))
-        for step in range(done + 1, config.steps + 1):
+            state = store.restore(done, args=ocp.args.StandardRestore(state))
+        for step in range(done + 1, steps + 1):
             state, loss = train_step(state, batch(train_tokens, config.seed, step))
-            if step % config.save_every == 0 or step == config.steps:
+            if step % config.save_every == 0 or step == steps:
                 validation = np.mean([eval_step(state[0], part) for part in held_out])
                 print(f"step {step:>5}  loss {loss:.3f}  validation {validation:.3f}")
-                checkpoints.save(step, args=ocp.args.StandardSave(state))
+                store.save(step, args=ocp.args.StandardSave(state))
     return state
 
 

@@ -45,7 +45,7 @@ SCRIPTS = {
     "finetune_classifier": ("--pretrained", "bert", "--csv", "text.csv", *SHORT),
     "gpt2_in_one_file": (
         *("--text", "documents/*.txt", "--vocab_size", "300", "--length", "16"),
-        *("--batch_size", "8", "--warmup", "2", "--steps", "12", "--save_every", "4"),
+        *("--batch_size", "8", "--steps", "12", "--save_every", "4"),
     ),
     "compare_optimizers": (
         *("--text", "text.txt", "--task", "gpt2", "--methods", "lion", "--seeds", "1"),

@@ -25,7 +25,6 @@ def test_learns_and_resumes_with_the_same_bits(
         width=24,
         layers=1,
         batch_size=8,
-        warmup=2,
         steps=20,
         save_every=10,
     )
