@@ -15,31 +15,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pretraining import cli  # First, for Ctrl-C during the others.
+from pretraining.training.interrupts import quit_on_ctrl_c
 
-# isort: split
-from comparing import search
-from comparing.figures import draw
-from comparing.methods import (
-    ABLATIONS,
-    BEFORE_NESTEROV,
-    COMPARISON,
-    METHODS,
-    REFERENCE,
-    STORAGE,
-    STUDY,
-)
-from comparing.runs import Log
-from comparing.series import Series, Settings
-from comparing.summary import summarize
-from comparing.table import make_same_rate_table, make_tables
-from pretraining import scripts
-from pretraining.data import corpus
-from pretraining.data.labelled import LabelledTextOptions
-from pretraining.errors import UserError
-from pretraining.files import write_atomically
-from pretraining.options import option, positive_float, positive_int
-from pretraining.task import Task
+with quit_on_ctrl_c(__name__ == "__main__"):  # Imports take seconds.
+    from comparing import search
+    from comparing.figures import draw
+    from comparing.methods import (
+        ABLATIONS,
+        BEFORE_NESTEROV,
+        COMPARISON,
+        METHODS,
+        REFERENCE,
+        STORAGE,
+        STUDY,
+    )
+    from comparing.runs import Log
+    from comparing.series import Series, Settings
+    from comparing.summary import summarize
+    from comparing.table import make_same_rate_table, make_tables
+    from pretraining import cli, scripts
+    from pretraining.data import corpus
+    from pretraining.data.labelled import LabelledTextOptions
+    from pretraining.errors import UserError
+    from pretraining.files import write_atomically
+    from pretraining.options import option, positive_float, positive_int
+    from pretraining.task import Task
 
 LOG_EVERY = 10
 # A run of the smallest size that ranks optimizers. BERT learns from one token in seven,

@@ -14,22 +14,22 @@ The step is the one that pretrain_gpt2.py runs, with the same options:
 import dataclasses
 from collections.abc import Mapping
 
-from pretraining import cli  # First, for Ctrl-C during the others.
+from pretraining.training.interrupts import quit_on_ctrl_c
 
-# isort: split
-import jax.numpy as jnp
+with quit_on_ctrl_c(__name__ == "__main__"):  # Imports take seconds.
+    import jax.numpy as jnp
 
-from compiling import ahead_of_time, topologies
-from pretraining import scripts
-from pretraining.options import option, positive_int
-from pretraining.task import Task, with_param_dtype
-from pretraining.training import devices
-from pretraining.training.optimizers import (
-    OptimizerOptions,
-    make_optimizer,
-    make_schedule,
-)
-from pretraining.training.step import StepOptions
+    from compiling import ahead_of_time, topologies
+    from pretraining import cli, scripts
+    from pretraining.options import option, positive_int
+    from pretraining.task import Task, with_param_dtype
+    from pretraining.training import devices
+    from pretraining.training.optimizers import (
+        OptimizerOptions,
+        make_optimizer,
+        make_schedule,
+    )
+    from pretraining.training.step import StepOptions
 
 
 @dataclasses.dataclass(frozen=True)

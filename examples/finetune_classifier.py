@@ -17,23 +17,24 @@ import importlib.util
 import json
 from pathlib import Path
 
-from pretraining import cli  # First, for Ctrl-C during the others.
+from pretraining.training.interrupts import quit_on_ctrl_c
 
-# isort: split
-import jax
-from flax import nnx
+with quit_on_ctrl_c(__name__ == "__main__"):  # Imports take seconds.
+    import jax
+    from flax import nnx
 
-from pretraining.data import labelled
-from pretraining.data.labelled import Examples, LabelledTextOptions
-from pretraining.data.masking import PAD
-from pretraining.errors import UserError
-from pretraining.models import classifier, hugging_face
-from pretraining.options import decay_rate, option
-from pretraining.task import Task
-from pretraining.training import runs
-from pretraining.training.devices import compute_dtype
-from pretraining.training.optimizers import OptimizerOptions
-from pretraining.training.trainer import Trainer, TrainingOptions
+    from pretraining import cli
+    from pretraining.data import labelled
+    from pretraining.data.labelled import Examples, LabelledTextOptions
+    from pretraining.data.masking import PAD
+    from pretraining.errors import UserError
+    from pretraining.models import classifier, hugging_face
+    from pretraining.options import decay_rate, option
+    from pretraining.task import Task
+    from pretraining.training import runs
+    from pretraining.training.devices import compute_dtype
+    from pretraining.training.optimizers import OptimizerOptions
+    from pretraining.training.trainer import Trainer, TrainingOptions
 
 
 @dataclasses.dataclass(frozen=True)

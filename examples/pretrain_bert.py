@@ -13,21 +13,22 @@ Union addresses. On two CPU cores it takes a minute and ends at a validation los
 
 import dataclasses
 
-from pretraining import cli  # First, for Ctrl-C during the others.
+from pretraining.training.interrupts import quit_on_ctrl_c
 
-# isort: split
-from jax.typing import DTypeLike
+with quit_on_ctrl_c(__name__ == "__main__"):  # Imports take seconds.
+    from jax.typing import DTypeLike
 
-from pretraining.data import baselines, corpus, tokenization
-from pretraining.data.masking import SEP, Masking, wordpiece
-from pretraining.data.pipeline import Windows, blank
-from pretraining.models import bert, hugging_face
-from pretraining.options import option, vocabulary_size
-from pretraining.task import Task
-from pretraining.training import runs
-from pretraining.training.devices import compute_dtype
-from pretraining.training.optimizers import OptimizerOptions
-from pretraining.training.trainer import Trainer, TrainingOptions
+    from pretraining import cli
+    from pretraining.data import baselines, corpus, tokenization
+    from pretraining.data.masking import SEP, Masking, wordpiece
+    from pretraining.data.pipeline import Windows, blank
+    from pretraining.models import bert, hugging_face
+    from pretraining.options import option, vocabulary_size
+    from pretraining.task import Task
+    from pretraining.training import runs
+    from pretraining.training.devices import compute_dtype
+    from pretraining.training.optimizers import OptimizerOptions
+    from pretraining.training.trainer import Trainer, TrainingOptions
 
 BOTH_ENDS = 2  # Places that [CLS] and [SEP] take.
 

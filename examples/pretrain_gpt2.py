@@ -13,20 +13,21 @@ On two CPU cores it takes three minutes and ends at a validation loss of 2.68
 
 import dataclasses
 
-from pretraining import cli  # First, for Ctrl-C during the others.
+from pretraining.training.interrupts import quit_on_ctrl_c
 
-# isort: split
-from jax.typing import DTypeLike
+with quit_on_ctrl_c(__name__ == "__main__"):  # Imports take seconds.
+    from jax.typing import DTypeLike
 
-from pretraining.data import baselines, corpus, tokenization
-from pretraining.data.pipeline import Windows, blank
-from pretraining.models import gpt2, hugging_face, sampling
-from pretraining.options import option, vocabulary_size
-from pretraining.task import Task
-from pretraining.training import runs
-from pretraining.training.devices import compute_dtype
-from pretraining.training.optimizers import OptimizerOptions
-from pretraining.training.trainer import Trainer, TrainingOptions
+    from pretraining import cli
+    from pretraining.data import baselines, corpus, tokenization
+    from pretraining.data.pipeline import Windows, blank
+    from pretraining.models import gpt2, hugging_face, sampling
+    from pretraining.options import option, vocabulary_size
+    from pretraining.task import Task
+    from pretraining.training import runs
+    from pretraining.training.devices import compute_dtype
+    from pretraining.training.optimizers import OptimizerOptions
+    from pretraining.training.trainer import Trainer, TrainingOptions
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,22 +13,23 @@ model to compare with. The run's folder can then be loaded by Hugging Face's
 
 import dataclasses
 
-from pretraining import cli  # First, for Ctrl-C during the others.
+from pretraining.training.interrupts import quit_on_ctrl_c
 
-# isort: split
-import numpy as np
-from jax.typing import DTypeLike
+with quit_on_ctrl_c(__name__ == "__main__"):  # Imports take seconds.
+    import numpy as np
+    from jax.typing import DTypeLike
 
-from pretraining.data import baselines, corpus, tokenization
-from pretraining.data.pipeline import Windows, blank
-from pretraining.data.span_corruption import END, SpanCorruption, unigram
-from pretraining.models import hugging_face, t5
-from pretraining.options import option, vocabulary_size
-from pretraining.task import Records, Task
-from pretraining.training import runs
-from pretraining.training.devices import compute_dtype
-from pretraining.training.optimizers import OptimizerOptions
-from pretraining.training.trainer import Trainer, TrainingOptions
+    from pretraining import cli
+    from pretraining.data import baselines, corpus, tokenization
+    from pretraining.data.pipeline import Windows, blank
+    from pretraining.data.span_corruption import END, SpanCorruption, unigram
+    from pretraining.models import hugging_face, t5
+    from pretraining.options import option, vocabulary_size
+    from pretraining.task import Records, Task
+    from pretraining.training import runs
+    from pretraining.training.devices import compute_dtype
+    from pretraining.training.optimizers import OptimizerOptions
+    from pretraining.training.trainer import Trainer, TrainingOptions
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,3 @@
 `task.Task` is what joins the three: a model, its loss and its data. Private to the
 examples.
 """
-
-from pretraining.training.interrupts import quit_while_importing
-
-quit_while_importing()  # Which takes seconds. `cli.run` ends it.

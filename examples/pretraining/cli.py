@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -69,13 +70,12 @@ def run(main: Callable[[], None]) -> NoReturn:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
     try:
-        interrupts.raise_again()
-        connect()
-        main()
-        sys.stdout.flush()
-        interrupts.end_quietly()
+        # Then all has been said, and may end without a word.
+        with interrupts.quit_on_ctrl_c(afterwards=signal.SIG_DFL):
+            connect()
+            main()
+            sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
-        interrupts.end_quietly()
         reason = _explain(error)
         if reason is None:
             raise

@@ -1,9 +1,11 @@
 """Checkpoints: complete or absent, and checked against what is to be restored."""
 
 import errno
+import logging
 import os
 import resource
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -156,8 +158,10 @@ def test_a_disk_that_fills_while_it_is_written_is_one_line_too(
     monkeypatch.setattr("pretraining.training.checkpoints._reserve", lambda *_: None)
     checkpoints, state = Checkpoints(tmp_path), make_state(4)
     noise = np.random.default_rng(0).bytes(1_000_000)
-    state = state._replace(params={str(k): np.frombuffer(noise) for k in range(9)})
+    noise = np.frombuffer(noise, np.float32)
+    state = state._replace(params={str(k): jnp.asarray(noise) for k in range(9)})
     checkpoints.save(make_state(2))
+    before_saving = list(logging.getLogger("absl").filters), sys.unraisablehook
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
@@ -167,3 +171,4 @@ def test_a_disk_that_fills_while_it_is_written_is_one_line_too(
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert os.listdir(tmp_path / "checkpoints") == ["2"]
     assert capfd.readouterr().err == ""
+    assert (logging.getLogger("absl").filters, sys.unraisablehook) == before_saving

@@ -7,7 +7,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import jax
@@ -18,8 +17,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from pretraining.errors import CannotSave
 from pretraining.files import write_atomically
-from pretraining.training import metrics
-from pretraining.training.interrupts import InterruptRequest, raise_later
+from pretraining.training import metrics, runs
+from pretraining.training.interrupts import InterruptRequest, quit_on_ctrl_c
 from pretraining.training.plots import plot_curve
 
 ROOT = Path(__file__).parents[2]
@@ -231,13 +230,62 @@ def test_what_is_ignored_stays_ignored():
         signal.signal(signal.SIGINT, before)
 
 
-def test_ctrl_c_in_a_destructor_is_not_lost(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sys, "unraisablehook", raise_later)
+QUITS_IN_A_DESTRUCTOR = """
+import os, signal, sys
+from pathlib import Path
+from pretraining import cli
+from pretraining.training import runs
 
-    class Interrupted:
-        def __del__(self) -> None:
-            raise KeyboardInterrupt
+class Hides:
+    def __del__(self):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            return
 
-    with pytest.raises(KeyboardInterrupt):
-        Interrupted()
-        threading.Event().wait(60)
+def main():
+    options = runs.RunOptions(output="run", resume=bool(runs.steps(Path("run"))))
+    with runs.claim("name", options):
+        Hides()
+        print("not reached")
+
+sys.argv = ["script.py"]
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_ctrl_c_outside_training_is_not_lost(saved: bool, tmp_path: Path):
+    if saved:
+        (tmp_path / "run" / "checkpoints" / "7").mkdir(parents=True)
+    process = subprocess.run(
+        [sys.executable, "-c", QUITS_IN_A_DESTRUCTOR],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'examples'}"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    first, *rest = process.stderr.splitlines()
+    assert process.returncode == 130
+    assert process.stdout == ""
+    if saved:
+        assert first == "script.py: interrupted; step 7 is saved in run"
+        (line,) = rest
+        assert line.startswith("Continue: cd ")
+        assert line.endswith("/script.py --resume --output run")
+    else:
+        assert [first, *rest] == ["script.py: interrupted"]
+        assert not (tmp_path / "run").exists()
+
+
+def test_nothing_is_left_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Whoever takes a part of the examples gets no hook with it."""
+    before = signal.getsignal(signal.SIGINT), sys.unraisablehook
+    with quit_on_ctrl_c():
+        assert signal.getsignal(signal.SIGINT) != before[0]
+        with runs.claim("name", runs.RunOptions(output=str(tmp_path / "run"))):
+            with InterruptRequest():
+                assert sys.unraisablehook is before[1]
+    assert (signal.getsignal(signal.SIGINT), sys.unraisablehook) == before
+    with quit_on_ctrl_c(False):
+        assert signal.getsignal(signal.SIGINT) == before[0]

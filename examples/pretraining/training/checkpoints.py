@@ -13,8 +13,8 @@ import logging
 import os
 import re
 import shutil
-import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -125,11 +125,11 @@ class Checkpoints:
             _wait_for_all(f"before saving {step}")
             with (
                 _silent_threads(),
-                ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer,
+                ocp.Checkpointer(_in_one_transaction()) as checkpointer,
             ):
                 checkpointer.save(
                     temporary.absolute() / "state",
-                    args=ocp.args.StandardSave(_nested(state)),
+                    args=ocp.args.PyTreeSave(_nested(state)),
                 )
             if is_first_process():
                 content = json.dumps(about, indent=1) + "\n"
@@ -210,23 +210,28 @@ def _reserve(folder: Path, size: int) -> None:
             os.posix_fallocate(file.fileno(), 0, size)
 
 
+def _in_one_transaction() -> ocp.CheckpointHandler:
+    """Returns a handler that writes all arrays at once: they fail at once, if at all.
+
+    Orbax does so where no limit is set to what is being written. Of arrays on their
+    own, each that fails later than the first reports it on stderr.
+    """
+    return ocp.PyTreeCheckpointHandler(handler_impl=ocp.BasePyTreeCheckpointHandler())
+
+
 @contextlib.contextmanager
 def _silent_threads() -> Iterator[None]:
-    """Keeps Orbax's threads from reporting, each by itself, what it raises then."""
-    logger, hook = logging.getLogger("absl"), sys.unraisablehook
-    level = logger.level
+    """Keeps Orbax's threads from logging, each by itself, what saving raises anyway."""
+    logger, this = logging.getLogger("absl"), threading.get_ident()
 
-    def pass_over_closed_loops(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
+    def of_this_thread(record: logging.LogRecord) -> bool:
+        return record.thread == this
 
-    logger.setLevel(logging.CRITICAL)
-    sys.unraisablehook = pass_over_closed_loops
+    logger.addFilter(of_this_thread)
     try:
         yield
-        sys.unraisablehook = hook  # If it failed, threads may go on for a moment.
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(of_this_thread)
 
 
 def _wait_for_all(what: str) -> None:

@@ -1,14 +1,13 @@
-"""What Ctrl-C and SIGTERM do: end the process, raise, or ask to save and stop."""
+"""What Ctrl-C and SIGTERM do: end the process, or ask it to save and stop."""
 
+import contextlib
 import os
 import signal
 import sys
-import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
-
-EXAMPLES = Path(__file__).parents[2]
+from typing import Self
 
 
 class InterruptRequest:
@@ -37,44 +36,47 @@ class InterruptRequest:
             signal.signal(number, handler)
 
 
-def quit_while_importing() -> None:
-    """Lets Ctrl-C end one of our scripts in a line, until `raise_again`.
+@contextlib.contextmanager
+def quit_on_ctrl_c(
+    active: bool = True, *, afterwards: signal.Handlers | None = None
+) -> Iterator[None]:
+    """Within it Ctrl-C ends the process, in a line and with exit code 130.
 
-    At once, and not by an exception: imports may catch that or raise others instead.
+    There and then: libraries may catch an exception, raise others instead, or lose it
+    in a destructor. It leaves no more behind than any other way to kill a process.
+
+    Args:
+        active: Whether to do so.
+        afterwards: What Ctrl-C does afterwards, by default what it did before.
     """
-    _replace(signal.default_int_handler, _quit)
+    previous = signal.getsignal(signal.SIGINT)
+    if not active or previous == signal.SIG_IGN:  # As for `InterruptRequest`.
+        yield
+        return
+    signal.signal(signal.SIGINT, _quit)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous if afterwards is None else afterwards)
 
 
-def raise_again() -> None:
-    """Lets Ctrl-C raise KeyboardInterrupt, as Python does, and never in vain."""
-    if _replace(_quit, signal.default_int_handler):
-        sys.unraisablehook = raise_later
+@contextlib.contextmanager
+def before_quitting(act: Callable[[], str]) -> Iterator[None]:
+    """Lets `quit_on_ctrl_c` call `act` in the end, and say what that returns."""
+    _ACTS.append(act)
+    try:
+        yield
+    finally:
+        _ACTS.remove(act)
 
 
-def end_quietly() -> None:
-    """Lets Ctrl-C end the process without a word: all has been said."""
-    _replace(signal.default_int_handler, signal.SIG_DFL)
-
-
-def raise_later(unraisable: Any) -> None:
-    """Raises a KeyboardInterrupt anew that a destructor lost; for `sys`'s hook."""
-    if unraisable.exc_type is KeyboardInterrupt:
-        threading.Timer(0.01, os.kill, [os.getpid(), signal.SIGINT]).start()
-    else:
-        sys.__unraisablehook__(unraisable)
-
-
-def _replace(old: Any, new: Any) -> bool:
-    """Replaces the handler of SIGINT if one of our scripts runs, and says whether."""
-    script = getattr(sys.modules["__main__"], "__file__", None)
-    if script is None or Path(script).resolve().parent != EXAMPLES:
-        return False
-    if signal.getsignal(signal.SIGINT) is not old:
-        return False
-    signal.signal(signal.SIGINT, new)
-    return True
+_ACTS: list[Callable[[], str]] = []
 
 
 def _quit(number: int, frame: FrameType | None) -> None:
-    os.write(2, f"{Path(sys.argv[0]).name}: interrupted\n".encode())
-    os._exit(128 + number)
+    signal.signal(number, signal.SIG_IGN)
+    words = ["interrupted", *filter(None, (act() for act in reversed(_ACTS)))]
+    line = f"{Path(sys.argv[0]).name}: {'; '.join(words)}\n"
+    with contextlib.suppress(OSError):  # Nobody may read it.
+        os.write(2, line.encode())
+    os._exit(130)

@@ -20,7 +20,7 @@ from typing import TextIO
 from pretraining.errors import CannotSave, UserError
 from pretraining.files import remove_left
 from pretraining.options import option
-from pretraining.training import devices
+from pretraining.training import devices, interrupts
 
 ROOT = Path("runs")
 LOCK = ".lock"
@@ -84,15 +84,17 @@ def claim(name: str, options: RunOptions) -> Iterator[Path]:
                 )
             return str(folder)
 
+        def leave() -> str:
+            stack.close()
+            return _way_on(folder)
+
         folder = Path(devices.ask_first(open_folder))
         try:
-            yield folder
+            with interrupts.before_quitting(leave):
+                yield folder
         except (KeyboardInterrupt, OSError, CannotSave) as error:
-            if saved := steps(folder):
-                error.add_note(
-                    f"step {saved[-1]} is saved in {folder}\n"
-                    f"Continue: {_continue(folder)}"
-                )
+            if way_on := _way_on(folder):
+                error.add_note(way_on)
             raise
 
 
@@ -174,8 +176,13 @@ def _holder(file: TextIO) -> str:
     return file.read() or "another run"
 
 
-def _continue(folder: Path) -> str:
-    """Returns a command to be pasted into any shell of this machine."""
+def _way_on(folder: Path) -> str:
+    """Says what is saved, if anything is, and gives a command for any shell here."""
+    if not (saved := steps(folder)):
+        return ""
     script = Path(sys.argv[0]).absolute()
     command = [sys.executable, str(script), "--resume", "--output", str(folder)]
-    return f"cd {shlex.quote(os.getcwd())} && {shlex.join(command)}"
+    return (
+        f"step {saved[-1]} is saved in {folder}\n"
+        f"Continue: cd {shlex.quote(os.getcwd())} && {shlex.join(command)}"
+    )
