@@ -68,27 +68,19 @@ def main() -> None:
     )
     target = topologies.target(options.topology, options.slices)
     chips = len(target.devices)
-    mesh = devices.make_mesh(
-        options.mesh or {"fsdp": chips // options.slices}, target.devices
-    )
+    mesh_sizes = options.mesh or {"fsdp": chips // options.slices}
+    mesh = devices.make_mesh(mesh_sizes, target.devices)
     batch_size = options.batch_size or chips * step.accumulate
     devices.check_batch_size(batch_size, step.accumulate, mesh)
     task = make_task(options.task, options.size, step.seq_len)
     task = with_param_dtype(task, step.param_dtype)
     axes = ", ".join(f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1)
-    print(
-        f"{task.name}, {batch_size} sequences of {task.tokens_per_record} tokens, "
-        f"{optimizer.optimizer}, on {target.name} ({axes})",
-        flush=True,
-    )
+    work = f"{batch_size} sequences of {task.tokens_per_record} tokens"
+    where = f"on {target.name} ({axes})"
+    print(f"{task.name}, {work}, {optimizer.optimizer}, {where}", flush=True)
     tx = make_optimizer(optimizer, make_schedule(optimizer, 1000))
     report = ahead_of_time.compile_train_step(
-        task,
-        tx,
-        target,
-        mesh,
-        batch_size=batch_size,
-        accumulate=step.accumulate,
+        task, tx, target, mesh, batch_size=batch_size, accumulate=step.accumulate
     )
     print(f"{report.parameters:,} parameters\n\n{report}")
 
