@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from measuring import ROOT, output
+from measuring import ROOT
 
 from came_optax import (
     BalancedSplit,
@@ -40,6 +40,7 @@ from came_optax import (
     steady_came,
 )
 from pretraining.data import corpus
+from pretraining.table import format_table
 
 FOLDER = ROOT / "docs" / "results" / "clients"
 STEPS, SEEDS, RATE = 300, 3, 3e-3
@@ -728,7 +729,7 @@ def row(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     first = statistics.mean(run["every 10th loss"][0] for run in runs)
     return {
-        "": runs[0]["client"],
+        "code base": runs[0]["client"],
         "model, and what it learns": runs[0]["model"],
         "loss at first": f"{first:.2f}",
         "usual optimizer": theirs[0]["optimizer"],
@@ -758,7 +759,9 @@ def main() -> None:
             with path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(run) + "\n" for run in new)
     by_client = [[run for run in runs if run["client"] == name] for name in CLIENTS]
-    table = output.table([row(own) for own in by_client if own])
+    rows = [row(own) for own in by_client if own]
+    cells = [list(rows[0]), *(row.values() for row in rows)]
+    table = format_table(cells, "<<><>>>>", markdown=True)
     print(table)
     (arguments.output / "table.md").write_text(table + "\n", encoding="utf-8")
 

@@ -50,10 +50,16 @@ def table(models: Iterable[str] = MODELS) -> str:
     rows = [["state (10⁹ bytes)", "parameters (10⁹)", *_COLUMNS]]
     for model in models:
         size = sum(math.prod(p.shape) for p in jax.tree.leaves(abstract_params(model)))
-        rows.append([model, f"{size / 1e9:.3f}"])
+        sizes = [size]
         for optimizer, dtype in _COLUMNS.values():
-            rows[-1].append(f"{state_bytes(model, optimizer, dtype) / 1e9:.3f}")
+            sizes.append(state_bytes(model, optimizer, dtype))
+        rows.append([model, *map(_billions, sizes)])
     return format_table(rows, "<" + ">" * (len(rows[0]) - 1), markdown=True)
+
+
+def _billions(number: int) -> str:
+    """Returns the first three digits of a number, in billions."""
+    return f"{number / 1e9:#.3g}".rstrip(".")
 
 
 def state_bytes(model: str, optimizer: str, dtype: str) -> int:

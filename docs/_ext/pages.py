@@ -1,4 +1,4 @@
-"""A description for search engines, and frames for figures."""
+"""A description for search engines, frames for figures, dashes in empty cells."""
 
 import html
 import textwrap
@@ -30,7 +30,15 @@ def frame(app, doctree):
             figure += image
 
 
+def fill(app, doctree):
+    """Puts a dash into the cells of tables that have nothing in them."""
+    for entry in doctree.findall(nodes.entry):
+        if not entry.astext():
+            entry += nodes.paragraph("", "–")
+
+
 def setup(app):
     app.connect("doctree-read", frame)
+    app.connect("doctree-read", fill)
     app.connect("html-page-context", describe)
     return {"parallel_read_safe": True}

@@ -12,10 +12,12 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from dynamics import STYLE
+from dynamics import ADAM, STEADY, STYLE
+from matplotlib.lines import Line2D
 
 RESULTS = pathlib.Path(__file__).parents[1] / "results" / "benchmarks"
 CHIPS = {"v5e": "o", "v5p": "s", "v6e": "^", "h100": "D"}
+COLORS = {"SGD": "#777777", "AdamW": ADAM, "Adafactor": "#009e73", "CAME": STEADY}
 MODELS = {"gpt2": ("GPT-2 small", "o"), "bert": ("BERT base", "s")}
 
 
@@ -26,8 +28,18 @@ def read(name, column):
     return {next(iter(row.values())): float(row[column]) for row in rows}
 
 
-def draw(axes, label, marker, values):
-    axes.plot(values.values(), values.keys(), marker, label=label, fillstyle="none")
+def draw(axes, marker, values):
+    for name, value in values.items():
+        color = COLORS[name.partition(",")[0]]
+        axes.plot([value], [name], marker, color=color, fillstyle="none", markersize=8)
+
+
+def explain(axes, markers):
+    handles = [
+        Line2D([], [], marker=marker, color="0", linestyle="", fillstyle="none")
+        for marker in markers.values()
+    ]
+    axes.legend(handles, markers.keys(), loc="lower left")
 
 
 def main():
@@ -35,21 +47,21 @@ def main():
         1, 2, figsize=(9, 4), layout="constrained", sharey=True
     )
     for chip, marker in CHIPS.items():
-        draw(traffic, chip, marker, read(f"compiled_traffic_{chip}", "bytes/parameter"))
+        draw(traffic, marker, read(f"compiled_traffic_{chip}", "bytes/parameter"))
+    explain(traffic, CHIPS)
     traffic.invert_yaxis()
     traffic.set(xlim=(0, None), xlabel="memory traffic (bytes per parameter)")
-    for model, (label, marker) in MODELS.items():
+    for model, (_, marker) in MODELS.items():
         values = read(f"update_{model}", "to AdamW")
         draw(
             time,
-            label,
             marker,
             {k: v for k, v in values.items() if not k.startswith("PyTorch")},
         )
+    explain(time, dict(MODELS.values()))
     time.set(xlim=(0, None), xlabel="time on a CPU (× AdamW's)")
     for axes in (traffic, time):
         axes.grid(axis="x", alpha=0.3)
-        axes.legend(loc="lower left")
     path = pathlib.Path(__file__).with_suffix(".svg")
     figure.savefig(path, metadata={"Date": None})
 

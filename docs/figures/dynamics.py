@@ -16,17 +16,24 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
-from came_optax import scale_by_came
+from came_optax import scale_by_came, steady_came
 
 STEPS = 3000
 SHAPE = (64, 64)
 # Dark text on white of its own: reads on a light page and on a dark one.
 STYLE = {"font.size": 11, "svg.hashsalt": "came-optax"}
+# Colours as in the comparison's figures.
+PUBLISHED, STEADY, ADAM = "#882255", "#d55e00", "#0072b2"
 OPTIMIZERS = {
-    "published": (scale_by_came(), "-"),
-    "bias_correction": (scale_by_came(bias_correction=True), "--"),
-    "update_clipping_threshold=1": (scale_by_came(update_clipping_threshold=1.0), ":"),
-    "Adam": (optax.scale_by_adam(), "-."),
+    "CAME, as published": (scale_by_came(), PUBLISHED, "-"),
+    "bias_correction": (scale_by_came(bias_correction=True), PUBLISHED, "--"),
+    "update_clipping_threshold=1": (
+        scale_by_came(update_clipping_threshold=1.0),
+        PUBLISHED,
+        ":",
+    ),
+    "steady_came": (steady_came(1.0), STEADY, "-"),
+    "Adam": (optax.scale_by_adam(), ADAM, "-."),
 }
 
 
@@ -51,17 +58,17 @@ def update_rms(tx, gradient):
 
 
 def main():
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
     steps = np.unique(np.geomspace(1, STEPS, 150).round().astype(int))
     for panel, gradient in zip(panels, (noise, constant), strict=True):
-        for label, (tx, line) in OPTIMIZERS.items():
+        for label, (tx, color, line) in OPTIMIZERS.items():
             rms = jax.jit(update_rms, static_argnums=(0, 1))(tx, gradient)
-            panel.loglog(steps, rms[steps - 1], line, label=label)
-        panel.set_title(f"{gradient.__name__} gradients")
+            panel.loglog(steps, rms[steps - 1], line, color=color, label=label)
+        panel.set_title(f"{gradient.__name__} gradient")
         panel.set_xlabel("step")
         panel.set_ylabel("RMS of the update\n(learning rates)")
     lines, labels = panels[0].get_legend_handles_labels()
-    figure.legend(lines, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(lines, labels, loc="outside lower center", ncols=3, frameon=False)
     path = pathlib.Path(__file__).with_suffix(".svg")
     figure.savefig(path, metadata={"Date": None})
 
