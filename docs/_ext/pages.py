@@ -34,6 +34,7 @@ def fill(app, doctree):
     """Puts a dash into the cells of tables that have nothing in them."""
     for entry in doctree.findall(nodes.entry):
         if not entry.astext():
+            entry.children = []
             entry += nodes.paragraph("", "–")
 
 
