@@ -9,8 +9,11 @@ import pathlib
 import re
 
 import jax
+import jax.numpy as jnp
 import matplotlib
 import pytest
+
+from came_optax import came, state_memory
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 NOTEBOOK = DOCS / "getting-started.ipynb"
@@ -65,6 +68,47 @@ def test_memory_page_shows_what_is_printed():
         run(blocks(DOCS / "memory.md"))
     shown = re.search(r"^```\n( +shape +rows.*?)^```$", text, flags=re.M | re.S)
     assert shown and printed.getvalue().endswith(shown[1])
+
+
+def maxtexts_llama_7b() -> dict:
+    """Its shapes, the layers stacked on axis 1."""
+    d, layers, heads, size, inner = 4096, 32, 32, 128, 11008
+    shapes = {
+        "token_embedder/embedding": (32_000, d),
+        "decoder/decoder_norm/scale": (d,),
+        "decoder/logits_dense/kernel": (d, 32_000),
+    }
+    for name in "query", "key", "value":
+        shapes[f"decoder/layers/self_attention/{name}"] = (d, layers, heads, size)
+    shapes["decoder/layers/self_attention/out"] = (heads, layers, size, d)
+    for name in "wi_0", "wi_1":
+        shapes[f"decoder/layers/mlp/{name}"] = (d, layers, inner)
+    shapes["decoder/layers/mlp/wo"] = (inner, layers, d)
+    for name in "pre_self_attention_layer_norm", "post_self_attention_layer_norm":
+        shapes[f"decoder/layers/{name}"] = (d, layers)
+    params: dict = {}
+    for path, shape in shapes.items():
+        *parents, leaf = ("params", *path.split("/"))
+        node = params
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[leaf] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return params
+
+
+def test_memory_page_shows_what_is_counted_of_maxtexts_llama():
+    text = (DOCS / "memory.md").read_text(encoding="utf-8")
+    shown = re.search(
+        r"^```text\n# Llama 7B as in MaxText\nprint.*?\n(.*?)^```$",
+        text,
+        flags=re.M | re.S,
+    )
+    assert shown
+    parts = [" ".join(part.split()) for part in shown[1].split("...\n") if part]
+    assert len(parts) == 2
+    printed = str(state_memory(came(1e-3, mu_dtype="int8"), maxtexts_llama_7b()))
+    for part in parts:
+        assert part in " ".join(printed.split())
 
 
 NAMES = re.findall(
