@@ -36,7 +36,10 @@ class ModelOptions:
 
     size: str = option("tiny", "of the model", choices=gpt2.SIZES)
     vocab_size: int | None = option(
-        None, "tokens to learn (default: the size's own)", type=vocabulary_size
+        None,
+        "tokens to learn, from 100 million characters of the text at most (default: "
+        "the size's own)",
+        type=vocabulary_size,
     )
     prompt: str = option("", "what the text sample at the end continues")
 

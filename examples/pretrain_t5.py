@@ -39,7 +39,8 @@ class ModelOptions:
     size: str = option("tiny", "of the model", choices=t5.SIZES)
     vocab_size: int | None = option(
         None,
-        "tokens to learn, 100 sentinels included (default: the size's own)",
+        "tokens to learn, 100 sentinels included, from 12 million characters of the "
+        "text at most (default: the size's own)",
         type=vocabulary_size,
     )
 

@@ -1,9 +1,15 @@
 """WordPiece and Unigram vocabularies: special tokens, round trips, limits."""
 
+import re
+import signal
 import tempfile
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import tokenizers
+from tokenizers import Tokenizer
 
 from pretraining.data import masking, span_corruption, tokenization
 from pretraining.errors import UserError
@@ -24,7 +30,45 @@ def test_a_vocabulary_of_a_large_text_is_learnt_from_a_part_of_it():
     assert set(part) < set(DOCUMENTS)
     # Of more text it is a part of the same documents.
     assert set(tokenization.sample([*DOCUMENTS, "more"], size // 3)) <= {*part, "more"}
-    assert tokenization.sample(DOCUMENTS[:1], 1) == DOCUMENTS[:1]
+    # Of a few huge ones it is one.
+    assert len(tokenization.sample(DOCUMENTS[:3], 1)) == 1
+
+
+def test_each_vocabulary_is_learnt_from_as_much_as_takes_a_minute(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(span_corruption, "SAMPLE", 3_000)
+    for make, least, most in (
+        (tokenization.byte_level_bpe, 9_000, 13_000),
+        (span_corruption.unigram, 2_000, 4_000),
+    ):
+        make(DOCUMENTS, 300)
+        said = re.fullmatch(
+            r"learning 300 tokens from (\S+) characters of text\n",
+            capsys.readouterr().out,
+        )
+        assert least < int(said[1].replace(",", "")) < most
+        make(DOCUMENTS, 300)
+        assert capsys.readouterr().out == ""  # It is kept.
+
+
+def test_ctrl_c_does_not_wait_until_a_vocabulary_is_learnt():
+    """It raises in the thread that waits, not in the one that learns."""
+    learning, go_on = threading.Event(), threading.Event()
+
+    def train(documents: Sequence[str]) -> Tokenizer:
+        learning.set()
+        go_on.wait()
+        return Tokenizer(tokenizers.models.BPE())
+
+    def interrupt() -> None:
+        learning.wait()
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        tokenization.cached("kind", DOCUMENTS, 300, train)
+    go_on.set()
 
 
 def test_wordpiece():

@@ -21,7 +21,7 @@ RATE = 0.15
 def wordpiece(documents: Sequence[str], vocab_size: int) -> Tokenizer:
     """Returns BERT's kind of tokenizer: lower-case WordPiece, special tokens first."""
 
-    def train() -> Tokenizer:
+    def train(documents: Sequence[str]) -> Tokenizer:
         tokenizer = Tokenizer(tokenizers.models.WordPiece(unk_token=UNKNOWN))
         tokenizer.normalizer = tokenizers.normalizers.BertNormalizer()
         tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()

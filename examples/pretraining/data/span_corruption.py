@@ -20,6 +20,7 @@ PAD, END, UNKNOWN = SPECIAL = ("<pad>", "</s>", "<unk>")
 SENTINELS = tuple(f"<extra_id_{k}>" for k in range(100))
 RATE = 0.15
 MEAN_LENGTH = 3
+SAMPLE = 12_000_000  # Characters that a vocabulary is learnt from, in a minute.
 
 
 def unigram(documents: Sequence[str], vocab_size: int) -> Tokenizer:
@@ -28,7 +29,7 @@ def unigram(documents: Sequence[str], vocab_size: int) -> Tokenizer:
     <extra_id_0> has the highest id, <extra_id_1> the one below, and so on.
     """
 
-    def train() -> Tokenizer:
+    def train(documents: Sequence[str]) -> Tokenizer:
         tokenizer = Tokenizer(tokenizers.models.Unigram())
         tokenizer.normalizer = tokenizers.normalizers.Sequence(
             [
@@ -63,7 +64,7 @@ def unigram(documents: Sequence[str], vocab_size: int) -> Tokenizer:
         )
         return tokenizer
 
-    return cached("unigram", documents, vocab_size, train)
+    return cached("unigram", documents, vocab_size, train, enough=SAMPLE)
 
 
 @dataclasses.dataclass(frozen=True)

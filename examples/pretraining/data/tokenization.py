@@ -3,19 +3,24 @@
 import contextlib
 import hashlib
 import os
+import sys
 import tempfile
+import threading
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import tokenizers
 from tokenizers import Tokenizer
+from tqdm import tqdm
 
 from pretraining.data import corpus
 from pretraining.errors import UserError
 from pretraining.files import write_atomically
+from pretraining.training.devices import is_first_process
 
 END_OF_TEXT = "<|endoftext|>"
 BATCH = 4_000_000  # Characters encoded at once.
@@ -45,7 +50,9 @@ def learn_and_encode(
         start: A token put before each document.
     """
     train, validation = corpus.split(corpus.load(text))
-    tokenizer = learn(sample(train, SAMPLE), vocab_size)
+    tokenizer = learn(train, vocab_size)
+    size = sum(map(len, train)) + sum(map(len, validation))
+    _say(f"encoding {size:,} characters of text")
     return Tokens(
         tokenizer,
         encode(tokenizer, train, start),
@@ -58,8 +65,10 @@ def sample(documents: Sequence[str], size: int) -> Sequence[str]:
     fraction = size / sum(map(len, documents))
     if fraction >= 1:
         return documents
-    # A few huge ones may all lie on the other side.
-    return [d for d in documents if corpus.unit_hash(d) > 1 - fraction] or documents
+    hashes = [corpus.unit_hash(document) for document in documents]
+    # Of a few huge ones, all may lie on the other side.
+    threshold = min(1 - fraction, max(hashes))
+    return [d for d, h in zip(documents, hashes, strict=True) if h >= threshold]
 
 
 def byte_level_bpe(documents: Sequence[str], vocab_size: int) -> Tokenizer:
@@ -71,7 +80,7 @@ def byte_level_bpe(documents: Sequence[str], vocab_size: int) -> Tokenizer:
     if vocab_size < 257:
         raise UserError(f"--vocab-size {vocab_size}: must be at least 257")
 
-    def train() -> Tokenizer:
+    def train(documents: Sequence[str]) -> Tokenizer:
         tokenizer = Tokenizer(tokenizers.models.BPE())
         tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
             add_prefix_space=False
@@ -89,7 +98,7 @@ def byte_level_bpe(documents: Sequence[str], vocab_size: int) -> Tokenizer:
     return cached("bpe", documents, vocab_size, train)
 
 
-def encode(tokenizer: Tokenizer, documents: Iterable[str], start: str) -> np.ndarray:
+def encode(tokenizer: Tokenizer, documents: Sequence[str], start: str) -> np.ndarray:
     """Encodes documents into one stream, the token `start` before each.
 
     Special tokens spelled in a document are text.
@@ -98,10 +107,21 @@ def encode(tokenizer: Tokenizer, documents: Iterable[str], start: str) -> np.nda
     start_id = id_of(tokenizer, start)
     tokens = array("H" if tokenizer.get_vocab_size() <= 2**16 else "I")
     # Not all at once: an encoding takes a hundred times what its tokens do.
-    for batch in _batches(documents):
-        for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
-            tokens.append(start_id)
-            tokens.extend(encoding.ids)
+    with tqdm(
+        total=sum(map(len, documents)),
+        unit=" characters",
+        unit_scale=True,
+        dynamic_ncols=True,
+        leave=False,
+        disable=not (sys.stderr.isatty() and is_first_process()),
+    ) as bar:
+        for batch in _batches(documents):
+            for encoding in tokenizer.encode_batch_fast(
+                batch, add_special_tokens=False
+            ):
+                tokens.append(start_id)
+                tokens.extend(encoding.ids)
+            bar.update(sum(map(len, batch)))
     return np.frombuffer(tokens, tokens.typecode)
 
 
@@ -118,20 +138,35 @@ def id_of(tokenizer: Tokenizer, token: str) -> int:
 
 
 def cached(
-    kind: str, documents: Sequence[str], vocab_size: int, train: Callable[[], Tokenizer]
+    kind: str,
+    documents: Sequence[str],
+    vocab_size: int,
+    train: Callable[[Sequence[str]], Tokenizer],
+    *,
+    enough: int = SAMPLE,
 ) -> Tokenizer:
     """Returns the tokenizer that `train` makes of documents, kept for the next time.
+
+    Args:
+        kind: Names the file that keeps it.
+        documents: The text.
+        vocab_size: The size wanted.
+        train: Makes it of these documents, or of some of them.
+        enough: Characters of text to learn from.
 
     Raises:
         UserError: It has more tokens than `vocab_size`.
     """
+    documents = sample(documents, enough)
     content = hashlib.sha256(f"{kind} {vocab_size} {tokenizers.__version__}".encode())
     for document in documents:
         content.update(hashlib.sha256(document.encode()).digest())
     path = _cache_folder() / f"{kind}-{content.hexdigest()[:16]}.json"
     text = _read_cached(path)
     if text is None:
-        text = train().to_str()
+        size = sum(map(len, documents))
+        _say(f"learning {vocab_size:,} tokens from {size:,} characters of text")
+        text = _interruptibly(lambda: train(documents)).to_str()
         with contextlib.suppress(OSError):  # It can do without.
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, f"{_digest(text)}\n{text}")
@@ -145,7 +180,7 @@ def cached(
     return tokenizer
 
 
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+def _batches(documents: Sequence[str]) -> Iterator[list[str]]:
     batch, size = [], 0
     for document in documents:
         batch.append(document)
@@ -154,6 +189,25 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
             yield batch
             batch, size = [], 0
     yield batch
+
+
+def _say(text: str) -> None:
+    if is_first_process():
+        print(text, flush=True)
+
+
+def _interruptibly(work: Callable[[], Tokenizer]) -> Tokenizer:
+    """Works in another thread: in this one Ctrl-C would wait until it is done."""
+    future: Future[Tokenizer] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future.result()
 
 
 def _read_cached(path: Path) -> str | None:
