@@ -22,6 +22,7 @@ with quit_on_ctrl_c(__name__ == "__main__"):  # Imports take seconds.
     from pretraining.data import baselines, corpus, tokenization
     from pretraining.data.masking import SEP, Masking, wordpiece
     from pretraining.data.pipeline import Windows, blank
+    from pretraining.errors import UserError
     from pretraining.models import bert, hugging_face
     from pretraining.options import option, vocabulary_size
     from pretraining.task import Task
@@ -39,7 +40,10 @@ class ModelOptions:
 
     size: str = option("nano", "of the model", choices=bert.SIZES)
     vocab_size: int | None = option(
-        None, "tokens to learn (default: the size's own)", type=vocabulary_size
+        None,
+        "tokens to learn, from 100 million characters of the text at most (default: "
+        "the size's own)",
+        type=vocabulary_size,
     )
 
 
@@ -49,6 +53,8 @@ def without_text(
     """Masked language modelling of a blank record, computed in `dtype`."""
     config = bert.SIZES[model.size]
     length = seq_len or config.max_position_embeddings
+    if length <= BOTH_ENDS:
+        raise UserError(f"--seq-len {length}: must be at least {BOTH_ENDS + 1}")
     config = dataclasses.replace(
         config,
         vocab_size=model.vocab_size or config.vocab_size,

@@ -81,6 +81,7 @@ def run(
         (["--steps", "9" * 30], "is not a whole number from 1 to 2,147,483,647"),
         (["--vocab-size", "2000000"], "is not a whole number from 1 to 1,000,000"),
         (["--prompt", "So long a text"], "its start included; must have 8 at most"),
+        (["--prompt", "caf\udce9"], "--prompt: not UTF-8 text"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -1,6 +1,7 @@
 """Folders of Hugging Face: what is saved is loaded, what does not fit is refused."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,8 @@ class TestWhatDoesNotFit:
             ({"vocab_size": 0}, "vocab_size is 0; must be int, 1 or more"),
             ({"vocab_size": True}, "vocab_size is True; must be int"),
             ({"layer_norm_eps": "small"}, "layer_norm_eps is 'small'; must be float"),
+            ({"layer_norm_eps": math.nan}, "layer_norm_eps is nan; must be float"),
+            ({"layer_norm_eps": math.inf}, "layer_norm_eps is inf; must be float"),
             ({"is_decoder": True}, "is_decoder is True; only False is implemented"),
         ],
     )

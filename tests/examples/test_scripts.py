@@ -123,7 +123,8 @@ def rows_without_speed() -> list[dict[str, float]]:
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("bert", ["--seq-len=2"], "--seq-len: 1 too short for this task"),
+        ("bert", ["--seq-len=1"], "--seq-len 1: must be at least 3"),
+        ("bert", ["--seq-len=2"], "--seq-len 2: must be at least 3"),
         ("bert", ["--vocab-size=20"], "--vocab-size 20: this text takes"),
         ("bert", ["--size=huge"], "invalid choice: 'huge'"),
         ("t5", ["--seq-len=5"], "--seq-len 5: must be from 6 to about 1,800"),

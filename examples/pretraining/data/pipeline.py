@@ -17,15 +17,9 @@ from pretraining.task import Record, Records, Task
 
 
 class Windows:
-    """A token stream cut into records of `length` tokens and the `overlap` next ones.
-
-    Raises:
-        UserError: `length` leaves no token for a record.
-    """
+    """A token stream cut into records of `length` tokens and `overlap` next ones."""
 
     def __init__(self, tokens: np.ndarray, length: int, overlap: int = 1):
-        if length < 1:
-            raise UserError(f"--seq-len: {1 - length} too short for this task")
         self._tokens = tokens
         self._length = length
         self._overlap = overlap

@@ -7,6 +7,7 @@ loaded here. Names differ by the few rules in a model's `Format`; values are the
 import dataclasses
 import importlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -157,7 +158,9 @@ def _make_config(path: Path, form: Format, content: Mapping[str, Any]) -> Any:
         kind: Any = field.type
         least = 0 if kind is float or name.endswith("_id") else 1
         kinds = (int, float) if kind is float else (kind,)
-        if type(value) not in kinds or (kind in (int, float) and value < least):
+        if type(value) not in kinds or (
+            kind in (int, float) and not least <= value < math.inf
+        ):
             raise UserError(
                 f"{path}: {name} is {value!r}; must be {kind.__name__}"
                 + (f", {least} or more" if kind in (int, float) else "")

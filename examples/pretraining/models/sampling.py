@@ -13,7 +13,11 @@ from pretraining.task import Task
 
 
 def check_prompt(tokenizer: Tokenizer, prompt: str, length: int) -> None:
-    """Raises UserError unless a prompt fits into a sequence of that length."""
+    """Raises UserError unless a prompt is text and fits into so long a sequence."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # From bytes that are none.
+        raise UserError("--prompt: not UTF-8 text") from error
     size = len(_encode(tokenizer, prompt))
     if size > length:
         raise UserError(
