@@ -99,9 +99,10 @@ class TestWhatDoesNotFit:
             self.load(tmp_path)
         with pytest.raises(UserError, match="model_type is 'bert'; only 'gpt2'"):
             hugging_face.load_config(tmp_path, "gpt2")
-        (tmp_path / "config.json").write_text("{")
-        with pytest.raises(UserError, match=r"config\.json: not JSON"):
-            self.load(tmp_path)
+        for content in "{", "[" * 100_000:
+            (tmp_path / "config.json").write_text(content)
+            with pytest.raises(UserError, match=r"config\.json: not JSON"):
+                self.load(tmp_path)
         (tmp_path / "config.json").unlink()
         with pytest.raises(UserError, match=r"config\.json: No such file"):
             self.load(tmp_path)
@@ -114,6 +115,11 @@ class TestWhatDoesNotFit:
     def test_parameters(self, saved: tuple[str, Any], tmp_path: Path):
         path = tmp_path / "model.safetensors"
         tensors = safetensors.numpy.load_file(path)
+        bias = tensors["cls.predictions.bias"]
+        tensors["cls.predictions.bias"] = np.full_like(bias, np.nan)
+        safetensors.numpy.save_file(tensors, path)
+        with pytest.raises(UserError, match=r"cls\.predictions\.bias has values that"):
+            self.load(tmp_path)
         del tensors["cls.predictions.bias"]
         safetensors.numpy.save_file(tensors, path)
         with pytest.raises(UserError, match=r"no cls\.predictions\.bias in"):

@@ -118,7 +118,7 @@ def load_config(folder: Path | str, model_type: str) -> Any:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: must be an object, {{...}}")
@@ -216,7 +216,10 @@ def load_params(folder: Path | str, model_type: str, params: nnx.State) -> nnx.S
                 f"{folder}: {name} has shape {found.shape}; config.json says "
                 f"{wanted.shape}"
             )
-        loaded.append((path, wanted.replace(found.astype(jnp.float32))))
+        found = found.astype(jnp.float32)
+        if not jnp.isfinite(found).all():
+            raise UserError(f"{folder}: {name} has values that are not finite")
+        loaded.append((path, wanted.replace(found)))
     return nnx.from_flat_state(loaded)
 
 
