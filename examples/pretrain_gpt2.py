@@ -22,7 +22,7 @@ with quit_on_ctrl_c(__name__ == "__main__"):  # Imports take seconds.
     from pretraining.data import baselines, corpus, tokenization
     from pretraining.data.pipeline import Windows, blank
     from pretraining.models import gpt2, hugging_face, sampling
-    from pretraining.options import option, vocabulary_size
+    from pretraining.options import option, utf8, vocabulary_size
     from pretraining.task import Task
     from pretraining.training import runs
     from pretraining.training.devices import compute_dtype
@@ -41,7 +41,7 @@ class ModelOptions:
         "the size's own)",
         type=vocabulary_size,
     )
-    prompt: str = option("", "what the text sample at the end continues")
+    prompt: str = option("", "what the text sample at the end continues", type=utf8)
 
 
 def without_text(

@@ -7,6 +7,7 @@ each type says otherwise, and tells a wrong one in a box of seven lines.
 import argparse
 import contextlib
 import dataclasses
+import io
 import os
 import signal
 import sys
@@ -69,6 +70,9 @@ def run(main: Callable[[], None]) -> NoReturn:
     for name in ("stdout", "stderr"):  # None in a process started without them.
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            # No encoding has all that texts and names of files have.
+            stream.reconfigure(errors="backslashreplace")
     try:
         # Then all has been said, and may end without a word.
         with interrupts.quit_on_ctrl_c(afterwards=signal.SIG_DFL):

@@ -25,6 +25,14 @@ def option(default: Any, help: str, **kwargs: Any) -> Any:
     return dataclasses.field(default=default, metadata=kwargs | {"help": help})
 
 
+def utf8(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # From bytes that are none.
+        raise argparse.ArgumentTypeError(f"{text!a} is not UTF-8") from error
+    return text
+
+
 def positive_int(text: str) -> int:
     return _number(int, text, lambda n: 0 < n <= LARGEST, f"from 1 to {LARGEST:,}")
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import io
 import json
 import os
 import shutil
@@ -81,7 +82,8 @@ def run(
         (["--steps", "9" * 30], "is not a whole number from 1 to 2,147,483,647"),
         (["--vocab-size", "2000000"], "is not a whole number from 1 to 1,000,000"),
         (["--prompt", "So long a text"], "its start included; must have 8 at most"),
-        (["--prompt", "caf\udce9"], "--prompt: not UTF-8 text"),
+        (["--prompt", "caf\udce9"], r"--prompt: 'caf\udce9' is not UTF-8"),
+        (["--output", "caf\udce9"], r"--output: 'caf\udce9' is not UTF-8"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -294,6 +296,19 @@ def test_a_process_without_a_stream_runs(stream: str, monkeypatch: pytest.Monkey
         cli.run(lambda: print("text", file=getattr(sys, stream), flush=True))
     getattr(sys, stream).close()
     assert caught.value.code == 0
+
+
+def test_what_a_terminal_cannot_show_is_escaped(monkeypatch: pytest.MonkeyPatch):
+    for encoding, text in (
+        ("ascii", b"\\ufffd \\udce9\n"),
+        ("utf-8", b"\xef\xbf\xbd \\udce9\n"),
+    ):
+        written = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding))
+        monkeypatch.setattr(cli, "connect", lambda: None)
+        with pytest.raises(SystemExit, match="0"):
+            cli.run(lambda: print("\ufffd \udce9"))
+        assert written.getvalue() == text
 
 
 def test_metrics_are_not_needed_to_go_on(

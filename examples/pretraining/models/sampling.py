@@ -13,11 +13,7 @@ from pretraining.task import Task
 
 
 def check_prompt(tokenizer: Tokenizer, prompt: str, length: int) -> None:
-    """Raises UserError unless a prompt is text and fits into so long a sequence."""
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:  # From bytes that are none.
-        raise UserError("--prompt: not UTF-8 text") from error
+    """Raises UserError unless a prompt fits in a sequence of that length."""
     size = len(_encode(tokenizer, prompt))
     if size > length:
         raise UserError(

@@ -19,7 +19,7 @@ from typing import TextIO
 
 from pretraining.errors import CannotSave, UserError
 from pretraining.files import remove_left
-from pretraining.options import option
+from pretraining.options import option, utf8
 from pretraining.training import devices, interrupts
 
 ROOT = Path("runs")
@@ -33,6 +33,7 @@ class RunOptions:
     output: str | None = option(
         None,
         "folder for all that is written (default: a new one under runs/)",
+        type=utf8,  # Orbax takes no other.
         metavar="FOLDER",
     )
     resume: bool = option(
