@@ -335,3 +335,26 @@ def test_metrics_are_not_needed_to_go_on(
         assert now["loss"] is None
     assert run([*again, "--steps=3"], monkeypatch, capsys) == (0, "")
     assert [row["step"] for row in metrics.read(Path("run"))] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        (("x", "0", "a:1"), "JAX_NUM_PROCESSES=x: must be a whole number from 1 to"),
+        (("0", "0", "a:1"), "JAX_NUM_PROCESSES=0: must be"),
+        (("2", "", "a:1"), "JAX_PROCESS_ID=: must be a whole number from 0 to 1"),
+        (("2", "2", "a:1"), "JAX_PROCESS_ID=2: must be"),
+        (("2", "-1", "a:1"), "JAX_PROCESS_ID=-1: must be"),
+        (("2", "1", ""), "JAX_COORDINATOR_ADDRESS: is not set"),
+    ],
+)
+def test_variables_for_several_processes_are_checked(monkeypatch, variables, line):
+    for name, value in zip(
+        ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JAX_COORDINATOR_ADDRESS"),
+        variables,
+        strict=True,
+    ):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(jax.distributed, "initialize", None)  # Is not reached.
+    with pytest.raises(UserError, match=line):
+        cli.connect()

@@ -32,13 +32,15 @@ def connect() -> None:
     (host:port of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID do.
 
     Raises:
-        UserError: JAX_PLATFORMS asks for devices that are not there.
+        UserError: JAX_PLATFORMS asks for devices that are not there, or one of the
+            other variables is missing or no such number.
     """
     if "JAX_NUM_PROCESSES" in os.environ:
-        jax.distributed.initialize(
-            num_processes=int(os.environ["JAX_NUM_PROCESSES"]),
-            process_id=int(os.environ["JAX_PROCESS_ID"]),
-        )
+        processes = _variable("JAX_NUM_PROCESSES", range(1, 2**31))
+        index = _variable("JAX_PROCESS_ID", range(processes))
+        if not os.environ.get("JAX_COORDINATOR_ADDRESS"):
+            raise UserError("JAX_COORDINATOR_ADDRESS: is not set; it is a host:port")
+        jax.distributed.initialize(num_processes=processes, process_id=index)
     elif _is_slurm_task() or _has_tpu():
         jax.distributed.initialize()
     if platforms := os.environ.get("JAX_PLATFORMS"):
@@ -49,6 +51,15 @@ def connect() -> None:
             raise UserError(f"JAX_PLATFORMS={platforms}: {reason}") from error
     if jax.distributed.is_initialized() and not is_first_process():
         sys.stdout = open(os.devnull, "w")
+
+
+def _variable(name: str, allowed: range) -> int:
+    text = os.environ.get(name, "")
+    if not text.isdecimal() or int(text) not in allowed:
+        raise UserError(
+            f"{name}={text}: must be a whole number from {allowed[0]} to {allowed[-1]}"
+        )
+    return int(text)
 
 
 def _is_slurm_task() -> bool:
