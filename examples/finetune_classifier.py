@@ -118,7 +118,7 @@ def main() -> None:
             "steps": 200,
             "batch_size": 32,
             "seq_len": 48,
-            "learning_rate": 5e-5,
+            "learning_rate": 1.8e-4,
             "weight_decay": 0.01,
             "eval_every": 50,
         },

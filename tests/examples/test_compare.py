@@ -19,7 +19,12 @@ from comparing.figures import choose
 from comparing.methods import METHODS
 from comparing.runs import Log, Run
 from comparing.series import Series, Settings, record_largest_update
-from comparing.summary import Summary, summarize
+from comparing.summary import (
+    Summary,
+    paired_differences,
+    standard_error,
+    summarize,
+)
 from comparing.table import make_same_rate_table, make_tables
 from pretraining.data import pipeline
 from pretraining.data.pipeline import Windows
@@ -217,7 +222,7 @@ def test_same_rate_table_has_seed_by_seed_differences_of_three_pairs(tmp_path):
     assert make_same_rate_table(log, ["muon"]) is None
 
 
-@pytest.mark.parametrize("name", ["gpt2-nano", "bert-nano", "t5-nano"])
+@pytest.mark.parametrize("name", ["gpt2-nano", "bert-nano", "t5-nano", "fine-tuning"])
 def test_committed_tables_are_what_the_logs_say(name: str):
     folder = ROOT / "docs" / "results" / name
     log = Log(folder)
@@ -227,8 +232,23 @@ def test_committed_tables_are_what_the_logs_say(name: str):
         for group, names in compare_optimizers.GROUPS.items()
     }
     tables["same_rate.md"] = make_same_rate_table(log, list(METHODS))
-    for file, text in tables.items():
-        assert (folder / file).read_text(encoding="utf-8") == text
+    committed = {
+        file.name: file.read_text(encoding="utf-8") for file in folder.glob("*.md")
+    }
+    assert {"comparison.md", "same_rate.md"} <= committed.keys()
+    assert committed == {name: tables[name] for name in committed}
+
+
+def test_the_page_says_what_five_seeds_said_of_t5():
+    log = Log(ROOT / "docs" / "results" / "t5-nano")
+    first = [
+        [run for run in log.runs(name) if run.learning_rate == 3.16e-3 and run.seed < 5]
+        for name in ("nadamw-b2-0.999", "steady-came")
+    ]
+    differences = paired_differences(*first)
+    said = f"{np.mean(differences):.3f} ± {standard_error(differences):.3f}"
+    page = (ROOT / "docs" / "learning-rate.md").read_text(encoding="utf-8")
+    assert f"After five seeds it\n  was ahead of NAdamW, too, by {said};" in page
 
 
 def test_figure_shows_each_optimizers_best_before_others():
