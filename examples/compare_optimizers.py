@@ -88,7 +88,7 @@ class CompareOptions:
     seeds: int = option(3, "at each best learning rate", type=positive_int)
     learning_rates: Sequence[float] | None = option(
         None,
-        "to try, each as the next 10^(k/4), in place of the search",
+        "to try, each as the nearest 10^(k/4), in place of the search",
         nargs="+",
         type=positive_float,
         metavar="X",
