@@ -8,7 +8,10 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def same_ctrl_c() -> Iterator[None]:
-    """What ends a script, `cli.run`, leaves Ctrl-C to end the process."""
-    before = signal.getsignal(signal.SIGINT)
+    """Ctrl-C raises: what is started in the background would ignore it.
+
+    And it does so again after a test of `cli.run`, which lets it end the process.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

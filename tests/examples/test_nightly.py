@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -252,14 +252,6 @@ def outcome(folder: Path, script: str) -> Any:
     return state, rows, exported
 
 
-@pytest.fixture
-def default_signals() -> Iterator[None]:
-    """A process started in the background would hand on that SIGINT is ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.fixture(scope="module")
 def straight(place: Path) -> Callable[[str], tuple[float, Any]]:
     """Returns what a script leaves that nothing stops, and how long it takes."""
@@ -277,7 +269,6 @@ def straight(place: Path) -> Callable[[str], tuple[float, Any]]:
     return run
 
 
-@pytest.mark.usefixtures("default_signals")
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("sequence", range(SEQUENCES))
 def test_killed_at_random_instants_ends_with_the_same_bits(

@@ -58,7 +58,7 @@ def test_ctrl_c_does_not_wait_until_a_vocabulary_is_learnt():
 
     def train(documents: Sequence[str]) -> Tokenizer:
         learning.set()
-        go_on.wait()
+        go_on.wait(timeout=60)
         return Tokenizer(tokenizers.models.BPE())
 
     def interrupt() -> None:
