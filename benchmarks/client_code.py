@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from measuring import ROOT
+from measuring import ROOT, output
 
 from came_optax import (
     BalancedSplit,
@@ -40,7 +40,6 @@ from came_optax import (
     steady_came,
 )
 from pretraining.data import corpus
-from pretraining.table import format_table
 
 FOLDER = ROOT / "docs" / "results" / "clients"
 STEPS, SEEDS, RATE = 300, 3, 3e-3
@@ -759,9 +758,7 @@ def main() -> None:
             with path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(run) + "\n" for run in new)
     by_client = [[run for run in runs if run["client"] == name] for name in CLIENTS]
-    rows = [row(own) for own in by_client if own]
-    cells = [list(rows[0]), *(row.values() for row in rows)]
-    table = format_table(cells, "<<><>>>>", markdown=True)
+    table = output.table([row(own) for own in by_client if own], "<<><>>>>")
     print(table)
     (arguments.output / "table.md").write_text(table + "\n", encoding="utf-8")
 

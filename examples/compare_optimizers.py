@@ -131,10 +131,11 @@ def make_task(options: CompareOptions, text: corpus.TextOptions) -> Task:
     if options.task == "classifier":
         if options.size is not None or text != corpus.TextOptions():
             raise UserError("--task classifier: has neither --size nor texts of yours")
-        import finetune_classifier
+        import finetune_classifier as finetune
 
-        model, sentences = finetune_classifier.ModelOptions(), LabelledTextOptions()
-        return finetune_classifier.make_task(model, sentences, 48)[0]
+        sentences = LabelledTextOptions()
+        model = finetune.ModelOptions()
+        return finetune.make_task(model, sentences, finetune.LENGTH)[0]
     script, model = scripts.load(options.task, options.size or "nano")
     task: Task = script.make_task(model, text)
     return task

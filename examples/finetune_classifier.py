@@ -36,6 +36,8 @@ with quit_on_ctrl_c(__name__ == "__main__"):  # Imports take seconds.
     from pretraining.training.optimizers import OptimizerOptions
     from pretraining.training.trainer import Trainer, TrainingOptions
 
+LENGTH = 48  # Tokens, of which few of the films' sentences have more.
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelOptions:
@@ -117,14 +119,14 @@ def main() -> None:
         defaults={
             "steps": 200,
             "batch_size": 32,
-            "seq_len": 48,
+            "seq_len": LENGTH,
             "learning_rate": 1.8e-4,
             "weight_decay": 0.01,
             "eval_every": 50,
         },
     )
     with runs.claim("finetune_classifier", run) as folder:
-        task, test = make_task(model, text, training.seq_len or 48)
+        task, test = make_task(model, text, training.seq_len or LENGTH)
         trainer = Trainer(task, optimizer, training, folder, resume=run.resume)
         result = trainer.run()
         accuracy = trainer.evaluate(records=test)["accuracy"]

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import pytest
+from flax import traverse_util
 
 from came_optax import came, state_memory
 
@@ -86,14 +87,13 @@ def maxtexts_llama_7b() -> dict:
     shapes["decoder/layers/mlp/wo"] = (inner, layers, d)
     for name in "pre_self_attention_layer_norm", "post_self_attention_layer_norm":
         shapes[f"decoder/layers/{name}"] = (d, layers)
-    params: dict = {}
-    for path, shape in shapes.items():
-        *parents, leaf = ("params", *path.split("/"))
-        node = params
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[leaf] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return params
+    return traverse_util.unflatten_dict(
+        {
+            f"params/{path}": jax.ShapeDtypeStruct(shape, jnp.float32)
+            for path, shape in shapes.items()
+        },
+        sep="/",
+    )
 
 
 def test_memory_page_shows_what_is_counted_of_maxtexts_llama():

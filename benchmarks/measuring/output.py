@@ -11,10 +11,15 @@ from pretraining.table import format_table
 DEFAULT = ROOT / "benchmarks" / "results"
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Returns a Markdown table of rows that all have the same columns."""
+def table(rows: Sequence[Mapping[str, Any]], align: str | None = None) -> str:
+    """Returns a Markdown table of rows that all have the same columns.
+
+    Args:
+        rows: By the columns' names.
+        align: As of `format_table`; by default only the first column is text.
+    """
     cells = [list(rows[0]), *(row.values() for row in rows)]
-    return format_table(cells, "<" + ">" * (len(rows[0]) - 1), markdown=True)
+    return format_table(cells, align or "<" + ">" * (len(rows[0]) - 1), markdown=True)
 
 
 def write(

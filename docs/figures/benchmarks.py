@@ -12,12 +12,17 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from dynamics import ADAM, STEADY, STYLE
+from dynamics import COLORS, STYLE
 from matplotlib.lines import Line2D
 
 RESULTS = pathlib.Path(__file__).parents[1] / "results" / "benchmarks"
 CHIPS = {"v5e": "o", "v5p": "s", "v6e": "^", "h100": "D"}
-COLORS = {"SGD": "#777777", "AdamW": ADAM, "Adafactor": "#009e73", "CAME": STEADY}
+OF_OPTIMIZER = {
+    "SGD": "#777777",
+    "AdamW": COLORS["adamw"],
+    "Adafactor": COLORS["adafactor"],
+    "CAME": COLORS["came"],
+}
 MODELS = {"gpt2": ("GPT-2 small", "o"), "bert": ("BERT base", "s")}
 
 
@@ -30,7 +35,7 @@ def read(name, column):
 
 def draw(axes, marker, values):
     for name, value in values.items():
-        color = COLORS[name.partition(",")[0]]
+        color = OF_OPTIMIZER[name.partition(",")[0]]
         axes.plot([value], [name], marker, color=color, fillstyle="none", markersize=8)
 
 

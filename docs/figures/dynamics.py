@@ -6,6 +6,7 @@ To draw it anew:
 """
 
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +19,14 @@ import optax
 
 from came_optax import scale_by_came, steady_came
 
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "examples"))
+from comparing.figures import COLORS
+
 STEPS = 3000
 SHAPE = (64, 64)
 # Dark text on white of its own: reads on a light page and on a dark one.
 STYLE = {"font.size": 11, "svg.hashsalt": "came-optax"}
-# Colours as in the comparison's figures.
-PUBLISHED, STEADY, ADAM = "#882255", "#d55e00", "#0072b2"
+PUBLISHED = COLORS["published-came"]
 OPTIMIZERS = {
     "CAME, as published": (scale_by_came(), PUBLISHED, "-"),
     "bias_correction": (scale_by_came(bias_correction=True), PUBLISHED, "--"),
@@ -32,8 +35,8 @@ OPTIMIZERS = {
         PUBLISHED,
         ":",
     ),
-    "steady_came": (steady_came(1.0), STEADY, "-"),
-    "Adam": (optax.scale_by_adam(), ADAM, "-."),
+    "steady_came": (steady_came(1.0), COLORS["came"], "-"),
+    "Adam": (optax.scale_by_adam(), COLORS["adamw"], "-."),
 }
 
 

@@ -1,4 +1,4 @@
-"""Draws the examples' curves into docs/figures: losses against steps.
+"""Draws the pretraining examples' curves into docs/figures: losses against steps.
 
 From what their runs left, metrics.jsonl and summary.json, kept in docs/results/examples
 under the names of the scripts:
@@ -13,11 +13,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from dynamics import STYLE
+from dynamics import COLORS, STYLE
 
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE.parent / "results" / "examples"
-ORANGE = "#d55e00"
 
 
 def read(path):
@@ -33,7 +32,14 @@ def draw(axes, rows, name, **style):
 def pretraining(axes, metrics):
     rows = read(metrics)
     draw(axes, rows, "loss", color="0.6", label="training")
-    draw(axes, rows, "validation_loss", color=ORANGE, marker=".", label="validation")
+    draw(
+        axes,
+        rows,
+        "validation_loss",
+        color=COLORS["came"],
+        marker=".",
+        label="validation",
+    )
     summary = json.loads(metrics.with_suffix(".json").read_text(encoding="utf-8"))
     for (name, loss), dashes in zip(
         summary["references"].items(), ("--", ":"), strict=False
@@ -43,7 +49,7 @@ def pretraining(axes, metrics):
 
 
 def main():
-    for log in sorted(RESULTS.glob("*.jsonl")):
+    for log in sorted(RESULTS.glob("pretrain_*.jsonl")):
         figure, axes = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
         pretraining(axes, log)
         axes.set_xlabel("step")

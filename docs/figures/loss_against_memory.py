@@ -7,20 +7,19 @@ And writes the same losses into docs/results/losses.md and README.md. From the l
 """
 
 import pathlib
-import sys
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from dynamics import STYLE
+from dynamics import COLORS, STYLE  # First, as it finds the examples' modules.
+
+# isort: split
+from comparing.runs import Log
+from comparing.summary import spread, summarize
+from pretraining.table import format_table
 
 ROOT = pathlib.Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
-from comparing.figures import COLORS  # noqa: E402
-from comparing.runs import Log  # noqa: E402
-from comparing.summary import spread, summarize  # noqa: E402
-from pretraining.table import format_table  # noqa: E402
 
 TASKS = {"gpt2": "GPT-2", "bert": "BERT", "t5": "T5"}
 # Label, marker, whose colour and how much of the marker is filled. Where AdamW and

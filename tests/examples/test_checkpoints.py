@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import chex
 import jax
@@ -18,8 +19,6 @@ from pretraining.errors import CannotSave, UserError
 from pretraining.training import runs
 from pretraining.training.checkpoints import Checkpoints
 from pretraining.training.step import TrainState
-
-ROOT = Path(__file__).parents[2]
 
 
 def make_state(step: int, width: int = 3, dtype: str = "float32") -> TrainState:
@@ -185,15 +184,11 @@ except CannotSave as error:
 """
 
 
-def test_a_disk_that_fills_while_it_is_written_is_one_line_too(tmp_path: Path):
+def test_a_disk_that_fills_while_it_is_written_is_one_line_too(
+    run_code: Any, tmp_path: Path
+):
     # In a process of its own: pytest takes what threads report.
-    process = subprocess.run(
-        [sys.executable, "-c", SAVES_ON_A_DISK_THAT_FILLS],
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'examples'}"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    process = run_code(SAVES_ON_A_DISK_THAT_FILLS)
     assert process.stdout == "checkpoints: cannot save step 4: File too large\n"
     assert process.stderr == ""
     assert os.listdir(tmp_path / "checkpoints") == ["2"]

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -255,16 +256,12 @@ cli.run(main)
 
 
 @pytest.mark.parametrize("saved", [False, True])
-def test_ctrl_c_outside_training_is_not_lost(saved: bool, tmp_path: Path):
+def test_ctrl_c_outside_training_is_not_lost(
+    saved: bool, run_code: Any, tmp_path: Path
+):
     if saved:
         (tmp_path / "run" / "checkpoints" / "7").mkdir(parents=True)
-    process = subprocess.run(
-        [sys.executable, "-c", QUITS_IN_A_DESTRUCTOR],
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'examples'}"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    process = run_code(QUITS_IN_A_DESTRUCTOR)
     first, *rest = process.stderr.splitlines()
     assert process.returncode == 130
     assert process.stdout == ""

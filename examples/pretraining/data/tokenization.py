@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import os
-import sys
 import tempfile
 import threading
 from array import array
@@ -15,12 +14,11 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
 from pretraining.data import corpus
 from pretraining.errors import UserError
 from pretraining.files import write_atomically
-from pretraining.training.devices import is_first_process
+from pretraining.training.progress import terminal_bar
 
 END_OF_TEXT = "<|endoftext|>"
 BATCH = 4_000_000  # Characters encoded at once.
@@ -52,7 +50,7 @@ def learn_and_encode(
     train, validation = corpus.split(corpus.load(text))
     tokenizer = learn(train, vocab_size)
     size = sum(map(len, train)) + sum(map(len, validation))
-    _say(f"encoding {size:,} characters of text")
+    print(f"encoding {size:,} characters of text", flush=True)
     return Tokens(
         tokenizer,
         encode(tokenizer, train, start),
@@ -107,13 +105,9 @@ def encode(tokenizer: Tokenizer, documents: Sequence[str], start: str) -> np.nda
     start_id = id_of(tokenizer, start)
     tokens = array("H" if tokenizer.get_vocab_size() <= 2**16 else "I")
     # Not all at once: an encoding takes a hundred times what its tokens do.
-    with tqdm(
-        total=sum(map(len, documents)),
-        unit=" characters",
-        unit_scale=True,
-        dynamic_ncols=True,
-        leave=False,
-        disable=not (sys.stderr.isatty() and is_first_process()),
+    size = sum(map(len, documents))
+    with terminal_bar(
+        total=size, unit=" characters", unit_scale=True, leave=False
     ) as bar:
         for batch in _batches(documents):
             for encoding in tokenizer.encode_batch_fast(
@@ -165,7 +159,8 @@ def cached(
     text = _read_cached(path)
     if text is None:
         size = sum(map(len, documents))
-        _say(f"learning {vocab_size:,} tokens from {size:,} characters of text")
+        learning = f"learning {vocab_size:,} tokens from {size:,} characters of text"
+        print(learning, flush=True)
         text = _interruptibly(lambda: train(documents)).to_str()
         with contextlib.suppress(OSError):  # It can do without.
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -189,11 +184,6 @@ def _batches(documents: Sequence[str]) -> Iterator[list[str]]:
             yield batch
             batch, size = [], 0
     yield batch
-
-
-def _say(text: str) -> None:
-    if is_first_process():
-        print(text, flush=True)
 
 
 def _interruptibly(work: Callable[[], Tokenizer]) -> Tokenizer:

@@ -3,23 +3,23 @@
 import sys
 import time
 from collections.abc import Mapping
-from typing import Self
+from typing import Any, Self
 
 import jax
 from tqdm import tqdm
+
+
+def terminal_bar(**options: Any) -> tqdm:
+    """Returns a progress bar that shows on a terminal, of the first process alone."""
+    hidden = not sys.stderr.isatty() or jax.process_index() > 0
+    return tqdm(dynamic_ncols=True, disable=hidden, **options)
 
 
 class Progress:
     """A progress bar on a terminal, and a line for each evaluation anywhere."""
 
     def __init__(self, start: int, steps: int):
-        self._bar = tqdm(
-            initial=start,
-            total=steps,
-            unit="step",
-            dynamic_ncols=True,
-            disable=not sys.stderr.isatty() or jax.process_index() > 0,
-        )
+        self._bar = terminal_bar(initial=start, total=steps, unit="step")
         self._width = len(str(steps))
         self._values: dict[str, str] = {}
 
