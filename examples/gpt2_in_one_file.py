@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import glob
 import importlib.metadata
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,9 @@ def train(config: Config) -> Any:
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # Ctrl-C ends it; a KeyboardInterrupt that falls into a destructor would not.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     for field in dataclasses.fields(Config):
         parser.add_argument(f"--{field.name}", type=field.type, default=field.default)

@@ -212,9 +212,9 @@ def check_told(script: str, process: Any, number: int, error: str) -> None:
     """A kill by a signal says nothing, all else ends in a line that leads on."""
     lines, code = lines_of(error), process.returncode
     if number == signal.SIGINT and code in (1, -number):
-        # Python's own way to stop: all that the file alone has, and what others have
-        # before their first line.
-        assert script == "gpt2_in_one_file" or "pretraining" not in error
+        # Python's own way to stop, before a script's first line.
+        assert "pretraining" not in error
+        assert "in train" not in error
     elif number != signal.SIGKILL and code == 130:
         assert lines[0].startswith(f"{script}.py: interrupted")
         assert "saved in" not in lines[0] or lines[1].startswith("Continue: cd ")

@@ -2,13 +2,32 @@
 
 import dataclasses
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import chex
 import jax
 import pytest
 
+import gpt2_in_one_file
 from gpt2_in_one_file import Config, train
+
+SWALLOWED = """
+import argparse, os, runpy, signal, sys
+
+def parse_args(self):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except KeyboardInterrupt:
+        pass  # As in a destructor.
+    sys.exit("went on")
+
+signal.signal(signal.SIGINT, getattr(signal, sys.argv[1]))
+argparse.ArgumentParser.parse_args = parse_args
+runpy.run_path(sys.argv[2], run_name="__main__")
+"""
 
 
 def test_learns_and_resumes_with_the_same_bits(
@@ -42,3 +61,18 @@ def test_learns_and_resumes_with_the_same_bits(
         done = train(dataclasses.replace(config, save_every=1))
     chex.assert_trees_all_equal(done, straight)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("handler", "code", "error"),
+    [("default_int_handler", -signal.SIGINT, ""), ("SIG_IGN", 1, "went on\n")],
+)
+def test_ctrl_c_ends_it_where_an_exception_is_swallowed(
+    handler: str, code: int, error: str
+):
+    process = subprocess.run(
+        [sys.executable, "-c", SWALLOWED, handler, gpt2_in_one_file.__file__],
+        capture_output=True,
+        text=True,
+    )
+    assert (process.returncode, process.stderr) == (code, error)
