@@ -38,7 +38,12 @@ with quit_on_ctrl_c(__name__ == "__main__"):  # Imports take seconds.
     from pretraining.data.labelled import LabelledTextOptions
     from pretraining.errors import UserError
     from pretraining.files import write_atomically
-    from pretraining.options import option, positive_float, positive_int
+    from pretraining.options import (
+        option,
+        positive_float,
+        positive_int,
+        vocabulary_size,
+    )
     from pretraining.task import Task
 
 LOG_EVERY = 10
@@ -73,6 +78,12 @@ class CompareOptions:
 
     task: str = option("gpt2", "to train on", choices=RUNS)
     size: str | None = option(None, "of the model (default: nano; classifier: MiniLM)")
+    vocab_size: int | None = option(
+        None, "tokens to learn (default: the size's own)", type=vocabulary_size
+    )
+    seq_len: int | None = option(
+        None, "tokens of a sequence (default: the size's own)", type=positive_int
+    )
     methods: Sequence[str] | None = option(
         None,
         f"what to compare, of {', '.join(METHODS)} (default: all)",
@@ -112,7 +123,8 @@ def main() -> None:
         raise UserError(f"--steps {run['steps']}: must be a multiple of {LOG_EVERY}")
     settings = Settings(**run, log_every=LOG_EVERY)
     task = make_task(options, text)
-    check_settings(folder, task, settings)
+    common = {"task": task.name} | dict(task.options) | {"seq_len": options.seq_len}
+    check_settings(folder, common | dataclasses.asdict(settings))
     log = Log(folder)
     for name in options.methods or METHODS:
         if METHODS[name].installed:
@@ -129,15 +141,20 @@ def make_task(options: CompareOptions, text: corpus.TextOptions) -> Task:
         UserError: The task's model has no such size, or no text but its own.
     """
     if options.task == "classifier":
-        if options.size is not None or text != corpus.TextOptions():
-            raise UserError("--task classifier: has neither --size nor texts of yours")
+        own = (options.size, options.vocab_size, options.seq_len)
+        if any(own) or text != corpus.TextOptions():
+            raise UserError(
+                "--task classifier: has no --size, --vocab-size, --seq-len or texts of "
+                "yours"
+            )
         import finetune_classifier as finetune
 
         sentences = LabelledTextOptions()
         model = finetune.ModelOptions()
         return finetune.make_task(model, sentences, finetune.LENGTH)[0]
     script, model = scripts.load(options.task, options.size or "nano")
-    task: Task = script.make_task(model, text)
+    model = dataclasses.replace(model, vocab_size=options.vocab_size)
+    task: Task = script.make_task(model, text, options.seq_len)
     return task
 
 
@@ -195,14 +212,13 @@ def report(task: Task, folder: Path, log: Log) -> None:
         write_atomically(folder / "same_rate.md", table)
 
 
-def check_settings(folder: Path, task: Task, settings: Settings) -> None:
+def check_settings(folder: Path, common: dict[str, Any]) -> None:
     """Writes down what the runs have in common.
 
     Raises:
         UserError: The folder holds runs with other settings.
     """
     path = folder / "settings.json"
-    common = {"task": task.name} | dict(task.options) | dataclasses.asdict(settings)
     folder.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         write_atomically(path, json.dumps(common) + "\n")

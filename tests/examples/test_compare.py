@@ -26,7 +26,7 @@ from comparing.summary import (
     summarize,
 )
 from comparing.table import make_same_rate_table, make_tables
-from pretraining.data import pipeline
+from pretraining.data import corpus, pipeline
 from pretraining.data.pipeline import Windows
 from pretraining.errors import UserError
 from pretraining.models import gpt2
@@ -459,13 +459,25 @@ def test_series_begin_with_pretrained_parameters(task: Task):
 
 
 def test_the_classifier_is_one_model_on_one_text(tmp_path, monkeypatch):
-    for argument in ["--size", "nano"], ["--text", "mine.txt"]:
+    for argument in (
+        ["--size", "nano"],
+        ["--vocab-size", "300"],
+        ["--seq-len", "64"],
+        ["--text", "mine.txt"],
+    ):
         argv = ["compare_optimizers.py", "--task", "classifier", *argument]
         monkeypatch.setattr(sys, "argv", [*argv, "--output", str(tmp_path)])
-        with pytest.raises(
-            UserError, match="--task classifier: has neither --size nor"
-        ):
+        with pytest.raises(UserError, match="--task classifier: has no --size, --vo"):
             compare_optimizers.main()
+
+
+def test_vocabulary_and_length_may_be_given(tmp_path):
+    (tmp_path / "text.txt").write_text("One fox jumps over another. " * 100)
+    options = compare_optimizers.CompareOptions(task="bert", vocab_size=40, seq_len=8)
+    text = corpus.TextOptions(text=[str(tmp_path / "text.txt")])
+    task = compare_optimizers.make_task(options, text)
+    assert task.tokens_per_record == 8
+    assert task.make_model(nnx.Rngs(0)).config.vocab_size == 40
 
 
 def test_other_settings_need_another_folder(task: Task, tmp_path, monkeypatch):
@@ -473,6 +485,8 @@ def test_other_settings_need_another_folder(task: Task, tmp_path, monkeypatch):
     compare(task, tmp_path)
     with pytest.raises(UserError, match="holds runs with steps 20, not 30"):
         compare(task, tmp_path, "--steps", "30")
+    with pytest.raises(UserError, match="holds runs with seq_len None, not 8"):
+        compare(task, tmp_path, "--seq-len", "8")
     with pytest.raises(UserError, match="--steps 25: must be a multiple of 10"):
         compare(task, tmp_path, "--steps", "25")
 

@@ -1,5 +1,6 @@
 """Folders of Hugging Face: what is saved is loaded, what does not fit is refused."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -49,6 +50,7 @@ MODELS = {
     "t5": (t5.T5, T5),
     "t5-v1.0": (t5.T5, t5.T5Config(**vars(T5) | T5_1_0)),
 }
+NO_SIZES = {"relative_attention_max_distance", "decoder_start_token_id"}
 
 
 @pytest.fixture(params=MODELS)
@@ -83,6 +85,21 @@ def test_what_is_saved_is_loaded(saved: tuple[str, Any], tmp_path: Path):
 def change(folder: Path, **values: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize("value", [10**6, 10**30])
+def test_huge_sizes_are_refused_soon(
+    value: int, saved: tuple[str, Any], tmp_path: Path
+):
+    model_type, model = saved
+    before = (tmp_path / "config.json").read_text()
+    for name, size in dataclasses.asdict(model.config).items():
+        if type(size) is int and name not in NO_SIZES:
+            change(tmp_path, **{name: value})
+            with pytest.raises(UserError, match=r"config\.json"):
+                params = abstract_params(model_type, tmp_path, type(model))
+                hugging_face.load_params(tmp_path, model_type, params)
+            (tmp_path / "config.json").write_text(before)
 
 
 @pytest.mark.parametrize("saved", ["bert"], indirect=True)

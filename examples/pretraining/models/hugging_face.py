@@ -145,7 +145,16 @@ def load_config(folder: Path | str, model_type: str) -> Any:
             )
         if content.get("num_decoder_layers") is None:
             content["num_decoder_layers"] = content.get("num_layers")
-    return _make_config(path, form, content)
+    config = _make_config(path, form, content)
+    # Before a model of so many is built, which takes as long as they are many.
+    arrays = len(_read_names(folder))
+    for name, value in dataclasses.asdict(config).items():
+        if name.endswith(("layers", "n_layer")) and value > arrays:
+            raise UserError(
+                f"{path}: {name} is {value}, but the safetensors there have {arrays} "
+                "arrays"
+            )
+    return config
 
 
 def _make_config(path: Path, form: Format, content: Mapping[str, Any]) -> Any:
