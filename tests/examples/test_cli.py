@@ -345,7 +345,11 @@ def test_metrics_are_not_needed_to_go_on(
         (("2", "", "a:1"), "JAX_PROCESS_ID=: must be a whole number from 0 to 1"),
         (("2", "2", "a:1"), "JAX_PROCESS_ID=2: must be"),
         (("2", "-1", "a:1"), "JAX_PROCESS_ID=-1: must be"),
-        (("2", "1", ""), "JAX_COORDINATOR_ADDRESS: is not set"),
+        (("2", "1", ""), "JAX_COORDINATOR_ADDRESS=: must be a host:port"),
+        (("2", "1", "host"), "JAX_COORDINATOR_ADDRESS=host: must be"),
+        (("2", "1", "1234"), "JAX_COORDINATOR_ADDRESS=1234: must be"),
+        (("2", "1", "host:"), "JAX_COORDINATOR_ADDRESS=host:: must be"),
+        (("2", "1", "host:65536"), "JAX_COORDINATOR_ADDRESS=host:65536: must be"),
     ],
 )
 def test_variables_for_several_processes_are_checked(monkeypatch, variables, line):

@@ -38,8 +38,13 @@ def connect() -> None:
     if "JAX_NUM_PROCESSES" in os.environ:
         processes = _variable("JAX_NUM_PROCESSES", range(1, 2**31))
         index = _variable("JAX_PROCESS_ID", range(processes))
-        if not os.environ.get("JAX_COORDINATOR_ADDRESS"):
-            raise UserError("JAX_COORDINATOR_ADDRESS: is not set; it is a host:port")
+        address = os.environ.get("JAX_COORDINATOR_ADDRESS", "")
+        host, _, port = address.rpartition(":")
+        if not (host and port.isdecimal() and int(port) in range(1, 2**16)):
+            raise UserError(
+                f"JAX_COORDINATOR_ADDRESS={address}: must be a host:port, of the first "
+                "process"
+            )
         jax.distributed.initialize(num_processes=processes, process_id=index)
     elif _is_slurm_task() or _has_tpu():
         jax.distributed.initialize()
