@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,40 +20,11 @@ from came_optax._checks import (
     check_mask,
     check_scalar,
     check_threshold,
+    knows_other_names,
 )
 from came_optax._factoring import FactoringRule, LastTwoAxes
 from came_optax._momentum import MuDtype, dtype_name
 from came_optax._transformation import Rule, transformation
-
-Args = ParamSpec("Args")
-Result = TypeVar("Result")
-
-# Arguments as optax.adamw, optax.adafactor and PyTorch's CAME call them.
-_CALLED_HERE = {
-    "betas": "b1, b2 and b3",
-    "clip_threshold": "clipping_threshold",
-    "dtype_momentum": "mu_dtype",
-    "eps": "eps1 and eps2",
-    "lr": "learning_rate, of came and steady_came",
-    "mask": "weight_decay_mask, of came and steady_came",
-    "weight_decay_rate": "weight_decay, of came and steady_came",
-}
-
-
-def _knows_other_names(function: Callable[Args, Result]) -> Callable[Args, Result]:
-    """Returns ``function``, which says what other optimizers' arguments are called."""
-
-    @functools.wraps(function)
-    def call(*args: Args.args, **kwargs: Args.kwargs) -> Result:
-        for name in kwargs:
-            if name in _CALLED_HERE:
-                raise TypeError(
-                    f"{function.__name__}() got an unexpected keyword argument "
-                    f"{name!r}, which is {_CALLED_HERE[name]} here"
-                )
-        return function(*args, **kwargs)
-
-    return call
 
 
 class ScaleByCameState(NamedTuple):
@@ -88,7 +58,7 @@ class ScaleByCameState(NamedTuple):
     s_col: optax.Updates
 
 
-@_knows_other_names
+@knows_other_names
 def scale_by_came(
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
@@ -158,7 +128,7 @@ def scale_by_came(
     )
 
 
-@_knows_other_names
+@knows_other_names
 def came(
     learning_rate: optax.ScalarOrSchedule,
     b1: ArrayLike = 0.9,
@@ -282,7 +252,7 @@ def came(
     )
 
 
-@_knows_other_names
+@knows_other_names
 def steady_came(
     learning_rate: optax.ScalarOrSchedule,
     b1: ArrayLike = 0.9,

@@ -1,7 +1,8 @@
 """Errors that name the argument or the leaf, the value given and what is allowed."""
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,19 @@ import numpy as np
 
 KeyPath = tuple[Any, ...]
 Shape = tuple[int, ...]
+Args = ParamSpec("Args")
+Result = TypeVar("Result")
+
+# Arguments as optax.adamw, optax.adafactor and PyTorch's CAME call them.
+_CALLED_HERE = {
+    "betas": "b1, b2 and b3",
+    "clip_threshold": "clipping_threshold",
+    "dtype_momentum": "mu_dtype",
+    "eps": "eps1 and eps2",
+    "lr": "learning_rate, of came and steady_came",
+    "mask": "weight_decay_mask, of came and steady_came",
+    "weight_decay_rate": "weight_decay, of came and steady_came",
+}
 
 
 def path_name(path: KeyPath) -> str:
@@ -175,3 +189,19 @@ def check_state(state: Any, cls: type, made_by: str) -> None:
             f"the state of {made_by} must be a {cls.__name__} as made by init, got a "
             f"{type(state).__name__}{hint}"
         )
+
+
+def knows_other_names(function: Callable[Args, Result]) -> Callable[Args, Result]:
+    """Returns ``function``, which says what other optimizers' arguments are called."""
+
+    @functools.wraps(function)
+    def call(*args: Args.args, **kwargs: Args.kwargs) -> Result:
+        for name in kwargs:
+            if name in _CALLED_HERE:
+                raise TypeError(
+                    f"{function.__name__}() got an unexpected keyword argument "
+                    f"{name!r}, which is {_CALLED_HERE[name]} here"
+                )
+        return function(*args, **kwargs)
+
+    return call

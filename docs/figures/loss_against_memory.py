@@ -1,6 +1,7 @@
 """Draws docs/figures/loss_against_memory.svg: what each byte of state buys.
 
-And writes the same losses into docs/results/losses.md and README.md. From the logs of
+And writes the same losses into docs/results/losses.md and README.md, and those at two
+sizes of a model into docs/results/sizes.md. From the logs of
 `examples/compare_optimizers.py` in docs/results:
 
     python docs/figures/loss_against_memory.py
@@ -21,7 +22,12 @@ from pretraining.table import format_table
 
 ROOT = pathlib.Path(__file__).parents[2]
 
+RESULTS = ROOT / "docs" / "results"
 TASKS = {"gpt2": "GPT-2", "bert": "BERT", "t5": "T5"}
+SIZES = {
+    "GPT-2": ("gpt2-nano", "gpt2-tiny-comparison"),
+    "BERT": ("bert-nano", "bert-tiny-comparison"),
+}
 # Label, marker, whose colour and how much of the marker is filled. Where AdamW and
 # NAdamW come with two β2, the better one on the task.
 METHODS = {
@@ -37,15 +43,14 @@ METHODS = {
     ("muon-int8",): ("Muon and steady_came, int8", "D", "muon", "left"),
     ("came",): ("CAME, as published", "X", "published-came", "full"),
 }
-LOSSES = ROOT / "docs" / "results" / "losses.md"
 README = ROOT / "README.md"
 BEGIN = "<!-- losses, by docs/figures/loss_against_memory.py -->\n"
 END = "<!-- end -->\n"
 
 
-def read(task):
-    """Returns the summary of the best of each row's methods on a task, by label."""
-    log = Log(ROOT / "docs" / "results" / f"{task}-nano")
+def read(study):
+    """Returns the summary of the best of each row's methods in a study, by label."""
+    log = Log(RESULTS / study)
     found = {}
     for names, (label, *_) in METHODS.items():
         known = [s for s in (summarize(log, name) for name in names) if s]
@@ -76,10 +81,32 @@ def table(results):
     return format_table(rows, "<" + ">" * (len(rows[0]) - 1), markdown=True) + "\n"
 
 
+def table_of_sizes():
+    """Returns losses, and ranks among those that both sizes have, by optimizer."""
+    columns = {}
+    for task, studies in SIZES.items():
+        small, large = map(read, studies)
+        both = [label for label in small if label in large]
+        for found in small, large:
+            parameters = found[both[0]].cost["parameters"]
+            means = {label: found[label].finals().mean() for label in both}
+            ranks = {label: k for k, label in enumerate(sorted(both, key=means.get), 1)}
+            columns[f"{task}, {parameters:,} parameters"] = {
+                label: f"{ranks[label]}. {means[label]:.3f}" for label in both
+            }
+    rows = [["optimizer", *columns]]
+    for label, *_ in METHODS.values():
+        row = [column.get(label, "") for column in columns.values()]
+        if any(row):
+            rows.append([label, *row])
+    return format_table(rows, "<" + ">" * len(columns), markdown=True) + "\n"
+
+
 def main():
-    results = {task: read(task) for task in TASKS}
+    results = {task: read(f"{task}-nano") for task in TASKS}
     losses = table(results)
-    LOSSES.write_text(losses, encoding="utf-8")
+    (RESULTS / "losses.md").write_text(losses, encoding="utf-8")
+    (RESULTS / "sizes.md").write_text(table_of_sizes(), encoding="utf-8")
     readme = README.read_text(encoding="utf-8")
     head, rest = readme.split(BEGIN)
     README.write_text(f"{head}{BEGIN}{losses}{END}{rest.split(END, 1)[1]}", "utf-8")
