@@ -9,7 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from came_optax import quantized_ema, scale_by_factored_moment, steady_came
+from came_optax import (
+    quantized_ema,
+    scale_by_came,
+    scale_by_factored_moment,
+    steady_came,
+)
 from pretraining.training.optimizers import (
     OptimizerOptions,
     decay_mask,
@@ -93,6 +98,21 @@ def _without_confidence(options: OptimizerOptions, schedule: optax.Schedule) -> 
         optax.clip_by_block_rms(1.0),
         quantized_ema(0.9, nesterov=True, debias=True, mu_dtype=None),
         optax.clip_by_block_rms(1.0),
+        optax.add_decayed_weights(options.weight_decay, decay_mask),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def _scaled(options: OptimizerOptions, schedule: optax.Schedule) -> Any:
+    """steady_came, but the RMS of every update is 0.4 instead of 1 at most."""
+
+    def scaled(u: jax.Array) -> jax.Array:
+        return 0.4 * u / (jnp.sqrt(jnp.mean(jnp.square(u))) + 1e-16)
+
+    return optax.chain(
+        optax.clip_by_global_norm(options.clip_norm),
+        scale_by_came(b2=0.95, eps2=0.1, bias_correction=True, nesterov=True),
+        optax.stateless(lambda updates, _: jax.tree.map(scaled, updates)),
         optax.add_decayed_weights(options.weight_decay, decay_mask),
         optax.scale_by_learning_rate(schedule),
     )
@@ -191,6 +211,9 @@ ABLATIONS = {
         ", no bias correction", bias_correction=False
     ),
     "steady-came-no-clip": _steady(", no clip", update_clipping_threshold=0.0),
+    "steady-came-rms-0.4": dataclasses.replace(
+        _steady(", RMS scaled to 0.4, no clip"), make=_scaled
+    ),
     "steady-came-clip-0.5": _steady(", clip 0.5", update_clipping_threshold=0.5),
     "steady-came-b2-0.99": _steady(", β2 0.99", b2=0.99),
     "steady-came-b2-0.999": _steady(", β2 0.999", b2=0.999),
