@@ -14,6 +14,11 @@ from sphinx.addnodes import pending_xref
 from sphinx.errors import ExtensionError
 
 INCLUDED = re.compile(r"^```\{include\} (\S*results/\S+)\.md\n```$", flags=re.M)
+# What tables of several studies are made of, by docs/figures/loss_against_memory.py.
+STUDIES = {
+    "losses": ("gpt2-nano", "bert-nano", "t5-nano"),
+    "sizes": ("gpt2-nano", "gpt2-tiny-comparison", "bert-nano", "bert-tiny-comparison"),
+}
 API = re.compile(r"(optax|jax|nnx|nn)\.[\w.]+|[A-Za-z]\w+")
 
 
@@ -88,7 +93,7 @@ def link_logs(app, docname, source):
         elif at.name == "memory":  # Counted by a command on the page.
             logs = []
         elif at.name == "results":
-            logs = sorted(at.glob("*-nano/runs.jsonl"))
+            logs = [at / study / "runs.jsonl" for study in STUDIES[name]]
         else:
             logs = sorted([*at.glob("*.jsonl"), *at.glob("results.json")])
         if not logs:
