@@ -20,7 +20,6 @@ from came_optax._checks import (
     check_mask,
     check_scalar,
     check_threshold,
-    knows_other_names,
 )
 from came_optax._factoring import FactoringRule, LastTwoAxes
 from came_optax._momentum import MuDtype, dtype_name
@@ -58,7 +57,6 @@ class ScaleByCameState(NamedTuple):
     s_col: optax.Updates
 
 
-@knows_other_names
 def scale_by_came(
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
@@ -67,7 +65,7 @@ def scale_by_came(
     eps2: ArrayLike = 1e-16,
     clipping_threshold: ArrayLike | None = 1.0,
     *,
-    factoring: FactoringRule | str = LastTwoAxes(),
+    factoring: FactoringRule = LastTwoAxes(),
     mu_dtype: MuDtype = None,
     nesterov: bool = False,
     bias_correction: bool = False,
@@ -87,7 +85,7 @@ def scale_by_came(
       eps1: added to the squared gradient, :math:`\varepsilon_1`; ≥ 1e-30.
       eps2: added to the instability, :math:`\varepsilon_2`; ≥ 1e-30.
       clipping_threshold: largest root mean square of u, :math:`d`; > 0, or None.
-      factoring: which axes of each leaf are rows and columns: a rule, or its repr.
+      factoring: which axes of each leaf are rows and columns.
       mu_dtype: how momentum is stored: ``"float32"``, ``"bfloat16"`` (for a b1 of up to
         0.996), ``"int8"`` or ``"int4"``.
       nesterov: the update takes :math:`\beta_1 m + (1 - \beta_1) u` for :math:`m`, as
@@ -128,7 +126,6 @@ def scale_by_came(
     )
 
 
-@knows_other_names
 def came(
     learning_rate: optax.ScalarOrSchedule,
     b1: ArrayLike = 0.9,
@@ -140,7 +137,7 @@ def came(
     weight_decay: float | jax.Array = 0.0,
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
-    factoring: FactoringRule | str = LastTwoAxes(),
+    factoring: FactoringRule = LastTwoAxes(),
     mu_dtype: MuDtype = None,
     nesterov: bool = False,
     bias_correction: bool = False,
@@ -189,7 +186,7 @@ def came(
         rate; if not 0, ``update`` needs ``params``.
       weight_decay_mask: a tree of bools (or a function from parameters to one) that is
         True where weight decay applies, as in ``optax.add_decayed_weights``.
-      factoring: which axes of each leaf are rows and columns: a rule, or its repr.
+      factoring: which axes of each leaf are rows and columns.
       mu_dtype: how momentum is stored: ``"float32"`` (float64 for float64 parameters),
         ``"bfloat16"``, ``"int8"`` or ``"int4"``; in 8 and 4 bits with a scale for each
         row and column, and float32 in leaves of fewer than 4096 elements. With a b1
@@ -252,8 +249,7 @@ def came(
     )
 
 
-@knows_other_names
-def steady_came(
+def steady_came(  # noqa: D417  # They are those of came.
     learning_rate: optax.ScalarOrSchedule,
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.95,
@@ -264,47 +260,30 @@ def steady_came(
     weight_decay: float | jax.Array = 0.0,
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
-    factoring: FactoringRule | str = LastTwoAxes(),
+    factoring: FactoringRule = LastTwoAxes(min_dim_size=2),
     mu_dtype: MuDtype = None,
     nesterov: bool = True,
     bias_correction: bool = True,
-    update_clipping_threshold: ArrayLike | None = 1.0,
+    update_clipping_threshold: ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """CAME in its recommended setting: :func:`came` with other defaults.
 
-    Averages are corrected for their start at zero, momentum looks one step ahead, and
-    constant and rare gradients make no longer steps than Adam's. So it takes AdamW's
-    learning rate, on half of AdamW's state, or an eighth with ``mu_dtype="int8"``.
+    It takes AdamW's learning rate, on half of AdamW's state, or an eighth with
+    ``mu_dtype="int8"``. What differs from :func:`came`, and why:
+
+    - ``bias_correction=True``: averages are corrected for their start at zero.
+    - ``nesterov=True``: the update looks one step ahead.
+    - ``b2=0.95`` and ``eps2=0.1``: rare gradients make no longer steps than Adam's, and
+      constant ones no more than 1/√eps2 = 3.2 times the learning rate.
+    - ``LastTwoAxes(min_dim_size=2)``: a matrix of one row or column, as in a LoRA of
+      rank 1, is kept whole, for less than statistics of rows and columns would take.
 
     Args:
       learning_rate: step size, a number or a schedule; begin with AdamW's.
-      b1: decay rate of the momentum; 0 ≤ b1 < 1.
-      b2: decay rate of the second moment; 0 ≤ b2 < 1.
-      b3: decay rate of the instability; 0 ≤ b3 < 1.
-      eps1: added to the squared gradient; ≥ 1e-30.
-      eps2: added to the instability, so that no step is more than 1/√eps2 times its
-        momentum; ≥ 1e-30.
-      clipping_threshold: largest root mean square of a leaf's normalised gradient; > 0,
-        or None.
-      weight_decay: decoupled weight decay, multiplied by the learning rate; if not 0,
-        ``update`` needs ``params``.
-      weight_decay_mask: a tree of bools (or a function from parameters to one) that is
-        True where weight decay applies.
-      factoring: which axes of each leaf are rows and columns.
-      mu_dtype: how momentum is stored: None or float32 (float64 for float64
-        parameters), bfloat16 (for a b1 of up to 0.996), int8 or int4, as a dtype or its
-        name.
-      nesterov: whether the update looks one step ahead.
-      bias_correction: whether averages are corrected for their start at zero.
-      update_clipping_threshold: largest root mean square of a leaf's final update,
-        before learning rate and weight decay; > 0, or None.
+      b1, ...: all other arguments are as in :func:`came`.
 
     Returns:
-      The optimizer; see :func:`came` for its equations, and for what it does to dtypes.
-
-    Raises:
-      ValueError: an argument or a leaf's axes are out of range.
-      TypeError: integer leaves, or a state that another transformation made.
+      The optimizer, as :func:`came` does, which raises the same errors.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -341,7 +320,7 @@ def _rule(
     made_by: str,
     h: Hyperparameters,
     bias_correction: bool,
-    factoring: FactoringRule | str,
+    factoring: FactoringRule,
     mu_dtype: MuDtype,
 ) -> Rule:
     """Returns what is done to every leaf.

@@ -1,8 +1,7 @@
 """Errors that name the argument or the leaf, the value given and what is allowed."""
 
-import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,19 +9,6 @@ import numpy as np
 
 KeyPath = tuple[Any, ...]
 Shape = tuple[int, ...]
-Args = ParamSpec("Args")
-Result = TypeVar("Result")
-
-# Arguments as optax.adamw, optax.adafactor and PyTorch's CAME call them.
-_CALLED_HERE = {
-    "betas": "b1, b2 and b3",
-    "clip_threshold": "clipping_threshold",
-    "dtype_momentum": "mu_dtype",
-    "eps": "eps1 and eps2",
-    "lr": "learning_rate, of came and steady_came",
-    "mask": "weight_decay_mask, of came and steady_came",
-    "weight_decay_rate": "weight_decay, of came and steady_came",
-}
 
 
 def path_name(path: KeyPath) -> str:
@@ -178,30 +164,10 @@ def check_params(params: Any, updates: Any) -> None:
 def check_state(state: Any, cls: type, made_by: str) -> None:
     """Raises unless ``state`` is a ``cls``."""
     if not isinstance(state, cls):
-        hint = "; convert_state takes over Adam's, and other options'"
+        hint = "convert_state takes over Adam's, and other options'"
         if type(state) in (tuple, list, dict):
-            hint = (
-                "; restore checkpoints into what init makes, and finish runs of "
-                "came-optax 0.1, whose states have another form, with 0.1, or start "
-                "a new state from their parameters"
-            )
+            hint = "restore checkpoints into what init makes"
         raise TypeError(
             f"the state of {made_by} must be a {cls.__name__} as made by init, got a "
-            f"{type(state).__name__}{hint}"
+            f"{type(state).__name__}; {hint}"
         )
-
-
-def knows_other_names(function: Callable[Args, Result]) -> Callable[Args, Result]:
-    """Returns ``function``, which says what other optimizers' arguments are called."""
-
-    @functools.wraps(function)
-    def call(*args: Args.args, **kwargs: Args.kwargs) -> Result:
-        for name in kwargs:
-            if name in _CALLED_HERE:
-                raise TypeError(
-                    f"{function.__name__}() got an unexpected keyword argument "
-                    f"{name!r}, which is {_CALLED_HERE[name]} here"
-                )
-        return function(*args, **kwargs)
-
-    return call

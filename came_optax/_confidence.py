@@ -42,7 +42,7 @@ def scale_by_confidence(
     b3: ArrayLike = 0.9999,
     eps2: ArrayLike = 1e-16,
     *,
-    factoring: FactoringRule | str = LastTwoAxes(),
+    factoring: FactoringRule = LastTwoAxes(),
     mu_dtype: MuDtype = None,
     nesterov: bool = False,
     bias_correction: bool = False,
@@ -67,7 +67,7 @@ def scale_by_confidence(
       b1: decay rate of the momentum, :math:`\beta_1`; 0 ≤ b1 < 1.
       b3: decay rate of the instability, :math:`\beta_3`; 0 ≤ b3 < 1.
       eps2: added to the instability, :math:`\varepsilon_2`; ≥ 1e-30.
-      factoring: which axes of each leaf are rows and columns: a rule, or its repr.
+      factoring: which axes of each leaf are rows and columns.
       mu_dtype: how momentum is stored between steps: None or float32 (float64 for
         float64 parameters), bfloat16, int8 or int4, as a dtype or its name. The step
         that stores it uses the unrounded momentum. Integers are codes with a scale for

@@ -38,7 +38,7 @@ def scale_by_factored_moment(
     b2: ArrayLike = 0.999,
     eps1: ArrayLike = 1e-30,
     *,
-    factoring: FactoringRule | str = LastTwoAxes(),
+    factoring: FactoringRule = LastTwoAxes(),
     bias_correction: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Divides updates by the root of a factored second moment.
@@ -58,7 +58,7 @@ def scale_by_factored_moment(
     Args:
       b2: decay rate of the second moment, :math:`\beta_2`; 0 ≤ b2 < 1.
       eps1: added to the squared gradient, :math:`\varepsilon_1`; ≥ 1e-30.
-      factoring: which axes of each leaf are rows and columns: a rule, or its repr.
+      factoring: which axes of each leaf are rows and columns.
       bias_correction: divide the second moment by :math:`1 - \beta_2^t`.
 
     Returns:

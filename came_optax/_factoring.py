@@ -1,11 +1,9 @@
 """Factoring rules: which axes of a leaf form the rows and columns of a matrix."""
 
-import contextlib
-import contextvars
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -13,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from came_optax._checks import KeyPath, Shape, path_name
-from came_optax._literals import parse_repr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,22 +59,54 @@ class FactoringRule(Protocol):
         """
 
 
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _set_min_dim_size(rule: Any) -> None:
+    """Makes a plain int of a rule's ``min_dim_size``, or raises."""
+    size = rule.min_dim_size
+    if not _is_int(size) or size < 1:
+        raise ValueError(
+            f"{type(rule).__name__}(min_dim_size=...) must be an int >= 1, got {size!r}"
+        )
+    _set(rule, min_dim_size=int(size))
+
+
+def _set(instance: Any, **fields: Any) -> None:
+    """Sets fields of a frozen dataclass, in its ``__init__``."""
+    for name, value in fields.items():
+        object.__setattr__(instance, name, value)
+
+
 @dataclasses.dataclass(frozen=True)
 class LastTwoAxes:
     """Factors the last two axes of every leaf of two or more dimensions.
 
     This is the published behaviour; the leading axes are batch axes.
 
+    Attributes:
+      min_dim_size: leaves with fewer rows or fewer columns stay unfactored. With 2 the
+        factor ``(d, 1)`` of a LoRA has one second moment a number in place of three
+        statistics.
+
     Example:
       >>> LastTwoAxes().axes((), (8, 4, 3))
       FactoredAxes(row=(1,), col=(2,), stack=())
     """
 
+    min_dim_size: int = 1
+
+    def __post_init__(self) -> None:
+        _set_min_dim_size(self)
+
     def axes(self, path: KeyPath, shape: Shape) -> FactoredAxes | None:
         """See :class:`FactoringRule`."""
         del path
         ndim = len(shape)
-        return FactoredAxes((ndim - 2,), (ndim - 1,)) if ndim >= 2 else None
+        if ndim < 2 or min(shape[-2:]) < self.min_dim_size:
+            return None
+        return FactoredAxes((ndim - 2,), (ndim - 1,))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,12 +126,7 @@ class LargestTwoAxes:
     min_dim_size: int = 128
 
     def __post_init__(self) -> None:
-        if not _is_int(self.min_dim_size) or self.min_dim_size < 1:
-            raise ValueError(
-                "LargestTwoAxes(min_dim_size=...) must be an int >= 1, got "
-                f"{self.min_dim_size!r}"
-            )
-        _set(self, min_dim_size=int(self.min_dim_size))
+        _set_min_dim_size(self)
 
     def axes(self, path: KeyPath, shape: Shape) -> FactoredAxes | None:
         """See :class:`FactoringRule`."""
@@ -122,6 +146,9 @@ class BalancedSplit:
     d)``, a convolution ``HWIO`` the matrix ``(H * W * I | O)``. Nothing is reshaped:
     the means run over several axes.
 
+    Attributes:
+      min_dim_size: leaves with fewer rows or fewer columns stay unfactored.
+
     Example:
       >>> BalancedSplit().axes((), (768, 12, 64))
       FactoredAxes(row=(0,), col=(1, 2), stack=())
@@ -129,17 +156,24 @@ class BalancedSplit:
       FactoredAxes(row=(0, 1), col=(2,), stack=())
     """
 
+    min_dim_size: int = 1
+
+    def __post_init__(self) -> None:
+        _set_min_dim_size(self)
+
     def axes(self, path: KeyPath, shape: Shape) -> FactoredAxes | None:
         """See :class:`FactoringRule`."""
         del path
         if len(shape) < 2:
             return None
 
-        def statistics_size(split: int) -> int:
-            return math.prod(shape[:split]) + math.prod(shape[split:])
+        def sizes(split: int) -> tuple[int, int]:
+            return math.prod(shape[:split]), math.prod(shape[split:])
 
         axes = tuple(range(len(shape)))
-        split = min(axes[1:], key=statistics_size)
+        split = min(axes[1:], key=lambda split: sum(sizes(split)))
+        if min(sizes(split)) < self.min_dim_size:
+            return None
         return FactoredAxes(axes[:split], axes[split:])
 
 
@@ -168,14 +202,15 @@ class Stacked:
 
     def __init__(
         self,
-        rule: FactoringRule | str = LastTwoAxes(),
+        rule: FactoringRule = LastTwoAxes(),
         axis: int = 0,
         where: str = "",
     ) -> None:
         if not _is_int(axis):
             raise TypeError(f"Stacked(axis=...) must be an int, got {axis!r}")
         _check_regex(where, "Stacked(where=...)")
-        _set(self, rule=as_rule(rule, "Stacked(rule=...)"), axis=int(axis), where=where)
+        check_rule(rule, "Stacked(rule=...)")
+        _set(self, rule=rule, axis=int(axis), where=where)
 
     def axes(self, path: KeyPath, shape: Shape) -> FactoredAxes | None:
         """See :class:`FactoringRule`."""
@@ -223,9 +258,9 @@ class ByPath:
 
     def __init__(
         self,
-        rules: Mapping[str, FactoringRule | FactoredAxes | str]
-        | Iterable[tuple[str, FactoringRule | FactoredAxes | str]],
-        default: FactoringRule | str = LastTwoAxes(),
+        rules: Mapping[str, FactoringRule | FactoredAxes]
+        | Iterable[tuple[str, FactoringRule | FactoredAxes]],
+        default: FactoringRule = LastTwoAxes(),
     ) -> None:
         try:
             given = dict(rules)
@@ -241,8 +276,9 @@ class ByPath:
             if isinstance(rule, FactoredAxes):
                 pairs.append((pattern, _plain(rule, name)))
             else:
-                pairs.append((pattern, as_rule(rule, name)))
-        default = as_rule(default, "ByPath(default=...)")
+                check_rule(rule, name)
+                pairs.append((pattern, rule))
+        check_rule(default, "ByPath(default=...)")
         _set(self, rules=tuple(pairs), default=default)
 
     def __repr__(self) -> str:
@@ -257,10 +293,6 @@ class ByPath:
                     rule if isinstance(rule, FactoredAxes) else rule.axes(path, shape)
                 )
         return self.default.axes(path, shape)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _plain(axes: FactoredAxes, name: str) -> FactoredAxes:
@@ -281,12 +313,6 @@ def _check_regex(pattern: Any, name: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise ValueError(f"{must_be}: {error}") from error
-
-
-def _set(instance: Any, **fields: Any) -> None:
-    """Sets fields of a frozen dataclass, in its ``__init__``."""
-    for name, value in fields.items():
-        object.__setattr__(instance, name, value)
 
 
 def checked_axes(
@@ -316,79 +342,22 @@ def checked_axes(
     return FactoredAxes(from_zero(axes.row), from_zero(axes.col), from_zero(axes.stack))
 
 
-def as_rule(rule: Any, name: str = "factoring") -> FactoringRule:
-    """Returns a factoring rule, which may be given as its own ``repr``.
-
-    Args:
-      rule: a rule, or a string such as ``"Stacked(BalancedSplit(), axis=1)"``, which is
-        what command lines and configuration files can hold.
-      name: the argument, for errors.
-    """
-    given = parse_repr(rule, _CLASSES, name) if isinstance(rule, str) else rule
-    if isinstance(given, type) or not isinstance(given, FactoringRule):
+def check_rule(rule: Any, name: str = "factoring") -> None:
+    """Raises unless ``rule`` is a factoring rule, and no class of them."""
+    if isinstance(rule, type) or not isinstance(rule, FactoringRule):
         raise TypeError(
-            f"{name} must be the repr of a rule of came_optax, or an object with a "
-            f"method axes(path, shape), such as LastTwoAxes(), got {rule!r}"
+            f"{name} must be an object with a method axes(path, shape), such as "
+            f"LastTwoAxes(), got {rule!r}"
         )
-    return given
 
 
-_CLASSES = {
-    cls.__name__: cls
-    for cls in (
-        LastTwoAxes,
-        LargestTwoAxes,
-        BalancedSplit,
-        Stacked,
-        ByPath,
-        FactoredAxes,
-    )
-}
-
-
-_instead: contextvars.ContextVar[FactoringRule | None] = contextvars.ContextVar(
-    "_instead", default=None
-)
-
-
-@contextlib.contextmanager
-def all_factored_by(rule: FactoringRule) -> Iterator[None]:
-    """Within it, ``rule`` takes the place of the rule of every transformation.
-
-    No argument would reach those inside of ``optax.chain``, ``masked`` and the like.
-    """
-    token = _instead.set(rule)
-    try:
-        yield
-    finally:
-        _instead.reset(token)
-
-
-def factored_axes(rule: FactoringRule | str, tree: Any) -> Any:
-    """Returns the tree of :class:`FactoredAxes` that ``rule`` gives for ``tree``.
-
-    Leaves of which it would be no smaller are not factored: see :func:`_saves`.
-    """
-    rule = _instead.get() or as_rule(rule)
+def factored_axes(rule: FactoringRule, tree: Any) -> Any:
+    """Returns the tree of :class:`FactoredAxes` that ``rule`` gives for ``tree``."""
 
     def leaf_axes(path: KeyPath, leaf: Any) -> FactoredAxes:
         shape = jnp.shape(leaf)
         if math.prod(shape) == 0:  # There is nothing to take a mean of.
             return FactoredAxes()
-        axes = checked_axes(rule.axes(path, shape), path, shape)
-        return axes if _saves(axes, shape) else FactoredAxes(stack=axes.stack)
+        return checked_axes(rule.axes(path, shape), path, shape)
 
     return jax.tree.map_with_path(leaf_axes, tree)
-
-
-def _saves(axes: FactoredAxes, shape: Shape) -> bool:
-    """Returns whether statistics of rows and columns are as small as the whole's.
-
-    There are two of each, and only one whole: the leaf of a LoRA of rank 1 would take
-    16 bytes of statistics a parameter in place of 4.
-    """
-
-    def size(reduced: tuple[int, ...]) -> int:
-        return math.prod(n for axis, n in enumerate(shape) if axis not in reduced)
-
-    return 2 * (size(axes.col) + size(axes.row)) <= math.prod(shape)

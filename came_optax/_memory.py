@@ -11,8 +11,6 @@ import optax
 
 from came_optax._arrays import owner
 from came_optax._checks import KeyPath, Shape, path_name
-from came_optax._factoring import FactoringRule, Stacked
-from came_optax._smaller import smaller_rules
 
 _OTHER = "(other)"  # Counters, hyperparameters and such, which belong to no parameter.
 
@@ -37,9 +35,6 @@ class StateMemory:
       shapes: each parameter's shape.
       rows: the shape of the row statistic of each parameter that has one.
       cols: the shape of the column statistic of each parameter that has one.
-      smaller: factoring rules with which the state would be more than a tenth smaller,
-        and the bytes with each. ``Stacked`` is for where its axis does hold layers,
-        which shapes alone don't tell.
     """
 
     total: int
@@ -52,7 +47,6 @@ class StateMemory:
     shapes: Mapping[str, Shape]
     rows: Mapping[str, Shape]
     cols: Mapping[str, Shape]
-    smaller: Mapping[FactoringRule, int]
 
     @property
     def bytes_per_param(self) -> float:
@@ -60,7 +54,7 @@ class StateMemory:
         return self.total / max(self.num_params, 1)
 
     def __str__(self) -> str:
-        """Returns a table of modules and dtypes, AdamW's state, and smaller rules."""
+        """Returns a table of modules and dtypes, and AdamW's state."""
         rows = [("", "parameters", "state bytes", "bytes/param")]
         for name, size in self.by_module.items():
             rows.append((name, *_counts(self.params_by_module.get(name, 0), size)))
@@ -68,7 +62,7 @@ class StateMemory:
         for name, size in self.by_dtype.items():
             rows.append((f"  {name}", *_counts(0, size)))
         rows.append(("AdamW", *_counts(self.num_params, self.adamw)))
-        return "\n".join([*_aligned(rows), *map(self._advice, self.smaller)])
+        return "\n".join(_aligned(rows))
 
     def by_leaf_table(self) -> str:
         """Returns a table of leaves, with the shapes of their statistics.
@@ -100,13 +94,6 @@ class StateMemory:
             rows.append((name, *map(_times, shapes), *_counts(number, size)))
         total = _counts(self.num_params, self.total)
         return "\n".join(_aligned([*rows, ("total", "", "", "", *total)]))
-
-    def _advice(self, rule: FactoringRule) -> str:
-        size = self.smaller[rule] / self.num_params
-        where = (
-            isinstance(rule, Stacked) and f", if axis {rule.axis} there stacks layers"
-        )
-        return f"{size:.3f} bytes/param with factoring={rule!r}{where or ''}"
 
 
 def state_memory(tx: optax.GradientTransformation, params: Any) -> StateMemory:
@@ -148,7 +135,6 @@ def state_memory(tx: optax.GradientTransformation, params: Any) -> StateMemory:
     by_leaf: collections.Counter[str] = collections.Counter()
     by_module: collections.Counter[str] = collections.Counter()
     by_dtype: collections.Counter[str] = collections.Counter()
-    largest: collections.Counter[str] = collections.Counter()
     of_field: dict[str, dict[str, Shape]] = collections.defaultdict(dict)
     for path, x in jax.tree.leaves_with_path(jax.eval_shape(tx.init, params)):
         param, field = owner(path, leaves)
@@ -156,27 +142,14 @@ def state_memory(tx: optax.GradientTransformation, params: Any) -> StateMemory:
         by_leaf[leaf] += _bytes(x)
         by_module[module] += _bytes(x)
         by_dtype[str(x.dtype)] += _bytes(x)
-        largest[leaf] = max(largest[leaf], _bytes(x))
         of_field[field].setdefault(leaf, x.shape)
     rows, cols = (
         {**of_field[f"s_{side}"], **of_field[f"v_{side}"]} for side in ("row", "col")
     )
     # What isn't factored has placeholders.
     factored = [leaf for leaf in rows if (rows[leaf], cols[leaf]) != ((1,), (1,))]
-    total = by_dtype.total()
-    shapes = {path: p.shape for path, p in leaves.items()}
-
-    # What would be left were every leaf as narrow as the narrowest, without statistics.
-    widths = [largest[names[path][0]] / max(p.size, 1) for path, p in leaves.items()]
-    least = params_by_module.total() * min(widths, default=0)
-
-    def count_bytes() -> int:
-        # Not tx.init itself, of which JAX would remember what it gave before.
-        state = jax.eval_shape(lambda p: tx.init(p), params)
-        return sum(map(_bytes, jax.tree.leaves(state)))
-
     return StateMemory(
-        total=total,
+        total=by_dtype.total(),
         num_params=params_by_module.total(),
         # Two moments in the parameters' dtypes, and an int32 counter.
         adamw=2 * sum(map(_bytes, leaves.values())) + 4,
@@ -184,10 +157,9 @@ def state_memory(tx: optax.GradientTransformation, params: Any) -> StateMemory:
         by_module=dict(by_module.most_common()),
         by_leaf=dict(by_leaf.most_common()),
         params_by_module=dict(params_by_module.most_common()),
-        shapes={names[path][0]: shape for path, shape in shapes.items()},
+        shapes={names[path][0]: p.shape for path, p in leaves.items()},
         rows={leaf: rows[leaf] for leaf in factored},
         cols={leaf: cols[leaf] for leaf in factored},
-        smaller=smaller_rules(count_bytes, total, least, shapes) if rows else {},
     )
 
 

@@ -34,7 +34,7 @@ def quantized_ema(
     nesterov: bool = False,
     debias: bool = False,
     mu_dtype: MuDtype = "int8",
-    factoring: FactoringRule | str = LastTwoAxes(),
+    factoring: FactoringRule = LastTwoAxes(),
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces updates by their moving average, stored in 8 or 4 bits.
 

@@ -30,7 +30,7 @@ from came_optax._codes import Codes, encode
 from came_optax._factoring import (
     FactoredAxes,
     FactoringRule,
-    as_rule,
+    check_rule,
     factored_axes,
 )
 
@@ -56,7 +56,7 @@ class Rule(NamedTuple):
     state_type: Any
     hyperparameters: Hyperparameters
     bias_correction: bool
-    factoring: FactoringRule | str
+    factoring: FactoringRule
     mu_dtype: str = "float32"
 
 
@@ -71,7 +71,7 @@ def transformation(
         parameters' dtype. Each is given the parameters as the user gives them; the
         state is then a tuple, as that of ``optax.chain``.
     """
-    rule = rule._replace(factoring=as_rule(rule.factoring))
+    check_rule(rule.factoring)
     rest: Any = optax.chain(*then) if then else None
 
     def init_fn(params: optax.Params) -> State:

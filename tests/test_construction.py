@@ -31,7 +31,7 @@ for mu_dtype in (None, "float32", "bfloat16", jnp.bfloat16, "int8", "int4"):
     c.steady_came(optax.cosine_decay_schedule(1e-3, 10), mu_dtype=mu_dtype)
     c.scale_by_came(mu_dtype=mu_dtype, factoring=c.Stacked(c.BalancedSplit()))
     c.scale_by_confidence(mu_dtype=mu_dtype)
-c.scale_by_factored_moment(factoring="LargestTwoAxes(8)")
+c.scale_by_factored_moment(factoring=c.LargestTwoAxes(8))
 optax.inject_hyperparams(c.came)(1e-3)
 {more}
 # It refuses to come after any computation.

@@ -59,6 +59,14 @@ def target(name: str, dtype: Any) -> tuple[Any, Any, Callable[[Any, Any], jax.Ar
     return optax.tree.zeros_like(mixed), mixed, squared_distance
 
 
+def test_matrices_are_factored() -> None:
+    for name, tx in VARIANTS.items():
+        for leaf, column in (("matrix", (2,)), ("mixed", [(1,), (2,)])):
+            state = tx.init(target(leaf, jnp.float32)[0])
+            statistics = optax.tree.get(state, "v_col")
+            assert jax.tree.map(jnp.shape, statistics) == column, name
+
+
 @pytest.mark.slow(but=20)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex64], ids=["real", "complex"])
 @pytest.mark.parametrize("name", ["parabola", "rosenbrock", "matrix", "mixed"])

@@ -77,22 +77,6 @@ def test_arguments(
 
 
 @pytest.mark.parametrize("make", [came, steady_came, scale_by_came])
-@pytest.mark.parametrize(
-    "argument, message",
-    [
-        ("mask", "'mask', which is weight_decay_mask, of came and steady_came here"),
-        ("eps", "'eps', which is eps1 and eps2 here"),
-        ("wieght_decay", "'wieght_decay'(?!, which)"),
-    ],
-)
-def test_arguments_of_other_optimizers(make: Any, argument: str, message: str) -> None:
-    learning_rate = () if make is scale_by_came else (1e-3,)
-    start = rf"^{make.__name__}\(\) got an unexpected keyword argument "
-    with pytest.raises(TypeError, match=start + message):
-        make(*learning_rate, **{argument: None})
-
-
-@pytest.mark.parametrize("make", [came, steady_came, scale_by_came])
 def test_signatures_are_those_of_the_arguments(make: Any) -> None:
     parameters = inspect.signature(make).parameters.values()
     assert all(p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)

@@ -31,6 +31,10 @@ from came_optax._factoring import factored_axes
         (LastTwoAxes(), (5,), None),
         (LastTwoAxes(), (1, 1), FactoredAxes((0,), (1,))),
         (LastTwoAxes(), (3, 3, 64, 128), FactoredAxes((2,), (3,))),
+        (LastTwoAxes(2), (1, 1), None),
+        (LastTwoAxes(2), (768, 1), None),
+        (LastTwoAxes(2), (9, 768, 2), FactoredAxes((1,), (2,))),
+        (LastTwoAxes(3), (2, 2, 768), None),
         (LargestTwoAxes(), (128,), None),
         (LargestTwoAxes(), (127, 4096), None),
         (LargestTwoAxes(), (4096, 128), FactoredAxes((1,), (0,))),
@@ -38,6 +42,10 @@ from came_optax._factoring import factored_axes
         (BalancedSplit(), (), None),
         (BalancedSplit(), (5,), None),
         (BalancedSplit(), (3, 2), FactoredAxes((0,), (1,))),
+        (BalancedSplit(), (7, 1), FactoredAxes((0,), (1,))),
+        (BalancedSplit(2), (7, 1), None),
+        (BalancedSplit(4), (2, 2, 4), FactoredAxes((0, 1), (2,))),
+        (BalancedSplit(5), (2, 2, 4), None),
         (BalancedSplit(), (768, 12, 64), FactoredAxes((0,), (1, 2))),
         (BalancedSplit(), (12, 64, 768), FactoredAxes((0, 1), (2,))),
         (BalancedSplit(), (3, 3, 64, 128), FactoredAxes((0, 1, 2), (3,))),
@@ -85,6 +93,14 @@ def test_statistics_are_means_over_the_other_side() -> None:
     np.testing.assert_allclose(state.s_col, (g**2).mean(2) / 8, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "axes", [FactoredAxes((0,), (1,)), FactoredAxes((1,), (0,), (2,))]
+)
+@pytest.mark.parametrize("shape", [(7, 1, 1), (1, 1, 2), (3, 5, 1)])
+def test_axes_given_by_hand_are_obeyed(axes: FactoredAxes, shape: Any) -> None:
+    assert factored_axes(ByPath({"": axes}), {"x": jnp.ones(shape)}) == {"x": axes}
+
+
 def test_where_is_searched_in_the_path() -> None:
     rule = Stacked(LastTwoAxes(), where=r"blocks/.*kernel$")
     params = {
@@ -94,7 +110,7 @@ def test_where_is_searched_in_the_path() -> None:
     assert factored_axes(rule, params) == {
         "blocks": {
             "kernel": FactoredAxes((1,), (2,), stack=(0,)),
-            "bias": FactoredAxes(),
+            "bias": FactoredAxes((0,), (1,)),
         },
         "kernel": FactoredAxes((0,), (1,)),
     }

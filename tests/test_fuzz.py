@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from came_optax import BalancedSplit, FactoredAxes, LargestTwoAxes, LastTwoAxes, came
+from came_optax._factoring import factored_axes
 
-SHAPES = [(), (1,), (5,), (0,), (3, 2), (1, 1), (0, 4), (2, 3, 2), (2, 1, 3, 2)]
+SHAPES = [(3, 2), (), (2, 3, 2), (5,), (2, 1, 3, 2), (1, 1), (1,), (0,), (0, 4)]
 SHAPES += [(2, 2, 1, 3, 2), (64, 64)]  # the last is large enough to be quantized
 EXAMPLES = settings.default.max_examples  # 25, unless --hypothesis-profile says so.
 DTYPES = ["float16", "bfloat16", "float32", "complex64"]
@@ -53,11 +54,12 @@ class RandomAxes:
     def axes(self, path: Any, shape: tuple[int, ...]) -> FactoredAxes | None:
         rng = random.Random(f"{self.seed} {path} {shape}")
         axes = rng.sample(range(len(shape)), len(shape))
-        cuts = sorted(rng.choices(range(len(shape) + 1), k=3))
+        if len(shape) < 2 or rng.random() < 0.1:
+            return FactoredAxes(stack=tuple(axes[: rng.randint(0, len(shape))]))
+        cuts = sorted(rng.sample(range(1, len(shape) + 1), k=2))
         row, col = axes[: cuts[0]], axes[cuts[0] : cuts[1]]
-        if not row or not col:
-            row = col = []
-        return FactoredAxes(tuple(row), tuple(col), tuple(axes[cuts[1] : cuts[2]]))
+        stack = axes[cuts[1] : rng.randint(cuts[1], len(shape))]
+        return FactoredAxes(tuple(row), tuple(col), tuple(stack))
 
 
 def array(shape: tuple[int, ...], dtype: str, seed: int = 0) -> jax.Array:
@@ -145,6 +147,19 @@ def check(wrapper: str, kwargs: Any, params: Any, *, jitted: bool) -> None:
         chex.assert_tree_all_finite((updates, state))
         params = optax.apply_updates(params, updates)
     assert traces == (1 if jitted else 3)
+
+
+def test_many_draws_are_factored() -> None:
+    factored = []
+
+    @given(params=trees, rule=rules)
+    @settings(max_examples=100)
+    def draw(params: Any, rule: Any) -> None:
+        axes = jax.tree.leaves(factored_axes(rule, params))
+        factored.extend(some.factored for some in axes)
+
+    draw()
+    assert np.mean(factored) > 0.3
 
 
 @given(params=trees, wrapper=wrappers, kwargs=options)

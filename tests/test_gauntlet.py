@@ -93,6 +93,7 @@ def test_bounded(name: str, variant: str) -> None:
     # A vector's update is the momentum of what the RMS clip lets through.
     tree = {"matrix": g, "vector": g.reshape(STEPS, -1)}
     largest, state = run(tree, VARIANTS[variant])
+    assert jax.tree.map(jnp.shape, state.v_row) == {"matrix": (4,), "vector": (1,)}
     chex.assert_tree_all_finite((largest, state))
     bound = published if variant == "published" else bounded
     assert jnp.max(largest["matrix"]) <= bound * 1.0001

@@ -50,6 +50,13 @@ def types(tree: Any) -> Any:
 
 
 @every_optimizer
+def test_the_kernel_is_factored(name: str) -> None:
+    state = OPTIMIZERS[name].init(make_params())
+    statistic = "s_col" if name == "scale_by_confidence" else "v_col"
+    assert optax.tree.get(state, statistic)["kernel"].size > 1
+
+
+@every_optimizer
 def test_second_call_compiles_nothing_whatever_extra_args(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:

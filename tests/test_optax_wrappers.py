@@ -67,6 +67,8 @@ def test_injected_hyperparams_give_the_plain_updates(make: Any, options: Any) ->
     plain, injected = make(**options), optax.inject_hyperparams(make)(**options)
 
     state, injected_state = jax.jit(plain.init)(params), jax.jit(injected.init)(params)
+    statistic = "s_col" if make is came_optax.scale_by_confidence else "v_col"
+    assert all(x.size > 1 for x in optax.tree.get(state, statistic))
     for _ in range(3):
         updates, state = jax.jit(plain.update)(grads, state, params)
         same_updates, injected_state = jax.jit(injected.update)(
@@ -74,6 +76,13 @@ def test_injected_hyperparams_give_the_plain_updates(make: Any, options: Any) ->
         )
         chex.assert_trees_all_close(same_updates, updates, rtol=1e-5)
         chex.assert_trees_all_close(injected_state.inner_state, state, rtol=1e-5)
+
+
+@every_optimizer
+def test_the_kernel_is_factored(name: str) -> None:
+    state = OPTIMIZERS[name].init(make_params())
+    statistic = "s_col" if name == "scale_by_confidence" else "v_col"
+    assert optax.tree.get(state, statistic)["kernel"].size > 1
 
 
 @every_optimizer
