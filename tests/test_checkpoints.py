@@ -17,7 +17,7 @@ import pytest
 from came_optax import BalancedSplit, came
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
-CURRENT = [p for p in (FIXTURES / "checkpoints").iterdir() if p.name != "0.1.0"]
+OLD = sorted((FIXTURES / "checkpoints").iterdir())
 WRITER = runpy.run_path(str(FIXTURES / "write_checkpoint.py"))
 
 OPTIMIZERS: dict[str, optax.GradientTransformationExtraArgs] = {
@@ -116,16 +116,7 @@ def test_orbax_restores_such_a_state_to_float32(tmp_path: pathlib.Path) -> None:
     chex.assert_trees_all_close(updates, expected, rtol=2e-2)  # of bfloat16
 
 
-def test_states_of_0_1_are_refused_in_a_sentence() -> None:
-    with ocp.StandardCheckpointer() as checkpointer:
-        old = checkpointer.restore(FIXTURES / "checkpoints" / "0.1.0")
-    for name, (tx, shapes) in WRITER["CASES"].items():
-        params = WRITER["make_params"](shapes)
-        with pytest.raises(TypeError, match=r"finish runs of came-optax 0\.1"):
-            tx.update(params, old[name]["state"], params)
-
-
-@pytest.mark.parametrize("path", CURRENT, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", OLD, ids=lambda path: path.name)
 def test_old_checkpoints_continue(path: pathlib.Path) -> None:
     cases = {
         name: (tx, WRITER["make_params"](shapes))
