@@ -1,13 +1,12 @@
 """Arrays of the state, as ``init`` makes them from a parameter."""
 
-from collections.abc import Container
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from came_optax._checks import KeyPath, Shape, path_name
+from came_optax._paths import KeyPath, Shape, path_name
 
 
 def real_dtype(dtype: Any) -> Any:
@@ -53,25 +52,6 @@ def zeros(p: Any, reduced: tuple[int, ...] | None = ()) -> jax.Array:
     spec = PartitionSpec(*(x for axis, x in enumerate(names) if axis not in reduced))
     place = NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
     return jnp.zeros(shape, dtype, device=place)
-
-
-def owner(path: KeyPath, params: Container[KeyPath]) -> tuple[KeyPath | None, str]:
-    """Returns a state array's parameter, and the name of the field that it is part of.
-
-    The parameter's path is the longest end of the array's own path that is one. Codes
-    have a field more in theirs, before or after a box's.
-    """
-    plain = tuple(key for key in path[-2:] if not _is_field_of_codes(key))
-    for whole in (path, path[:-2] + plain):
-        for i in range(len(whole) + 1):
-            if whole[i:] in params:
-                return whole[i:], path_name(whole[i - 1 : i])
-    return None, ""
-
-
-def _is_field_of_codes(key: Any) -> bool:
-    fields = ("values", "row_scale", "col_scale")
-    return isinstance(key, jax.tree_util.GetAttrKey) and key.name in fields
 
 
 def check_array(

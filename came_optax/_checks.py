@@ -7,13 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-KeyPath = tuple[Any, ...]
-Shape = tuple[int, ...]
-
-
-def path_name(path: KeyPath) -> str:
-    """Returns a key path as text, such as ``"params/dense/kernel"``."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+from came_optax._paths import KeyPath, path_name
 
 
 def check_scalar(

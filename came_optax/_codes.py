@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from came_optax._checks import Shape
 from came_optax._factoring import FactoredAxes
+from came_optax._paths import Shape
 
 Axes = tuple[int, ...]
 

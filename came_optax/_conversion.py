@@ -10,12 +10,13 @@ import optax
 from jax.sharding import PartitionSpec
 
 from came_optax import _boxes as boxes
-from came_optax._arrays import owner, real_dtype, wide_dtype
+from came_optax._arrays import real_dtype, wide_dtype
 from came_optax._came import ScaleByCameState
-from came_optax._checks import KeyPath, check_same_leaves, path_name
+from came_optax._checks import check_same_leaves
 from came_optax._codes import Codes, decode, encode
 from came_optax._factoring import FactoredAxes
 from came_optax._momentum import is_codes
+from came_optax._paths import KeyPath, owner, path_name
 from came_optax._sharding import trace_init
 
 _LONG_AGO = 10**7  # Updates, after which no average is corrected for its start.

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from came_optax._checks import KeyPath, Shape, path_name
+from came_optax._paths import KeyPath, Shape, path_name
 
 
 @dataclasses.dataclass(frozen=True)

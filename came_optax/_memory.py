@@ -9,8 +9,7 @@ from typing import Any
 import jax
 import optax
 
-from came_optax._arrays import owner
-from came_optax._checks import KeyPath, Shape, path_name
+from came_optax._paths import KeyPath, Shape, owner, path_name
 
 _OTHER = "(other)"  # Counters, hyperparameters and such, which belong to no parameter.
 

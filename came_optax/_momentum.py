@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 from came_optax import _codes
 from came_optax._arrays import check_array, kept_shape, real_dtype, wide_dtype, zeros
-from came_optax._checks import KeyPath, path_name
 from came_optax._codes import Codes
 from came_optax._factoring import FactoredAxes
+from came_optax._paths import KeyPath, path_name
 
 MuDtype: TypeAlias = (
     Literal["float32", "bfloat16", "int8", "int4"] | jax.typing.DTypeLike | None

@@ -7,8 +7,7 @@ import jax
 import optax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from came_optax._arrays import owner
-from came_optax._checks import KeyPath, path_name
+from came_optax._paths import KeyPath, owner, path_name
 
 
 def state_sharding(

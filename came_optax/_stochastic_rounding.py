@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from came_optax._checks import KeyPath, check_key, path_name
+from came_optax._checks import check_key
+from came_optax._paths import KeyPath, path_name
 
 
 def stochastic_apply_updates(

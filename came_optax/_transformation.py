@@ -20,7 +20,6 @@ from came_optax import _schedules as schedules
 from came_optax._algorithm import Factored, Hyperparameters
 from came_optax._arrays import check_array, kept_shape, zeros
 from came_optax._checks import (
-    KeyPath,
     check_inexact,
     check_params,
     check_same_leaves,
@@ -33,6 +32,7 @@ from came_optax._factoring import (
     check_rule,
     factored_axes,
 )
+from came_optax._paths import KeyPath
 
 Tree: TypeAlias = Any  # Of arrays, or of codes.
 State: TypeAlias = Any
