@@ -9,7 +9,7 @@ or of compilers.
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ class Factored(NamedTuple):
 
 
 Statistic: TypeAlias = jax.Array | Factored
+Arrays = TypeVar("Arrays")
 
 
 @functools.partial(
@@ -109,9 +110,10 @@ def trust(
     )
 
 
-def average(old: Any, new: Any, decay: jax.Array) -> Any:
+def average(old: Arrays, new: Any, decay: jax.Array) -> Arrays:
     """Returns the moving average β · old + (1 − β) · new."""
-    return jax.tree.map(lambda x, y: decay * x + (1 - decay) * y, old, new)
+    averages: Arrays = jax.tree.map(lambda x, y: decay * x + (1 - decay) * y, old, new)
+    return averages
 
 
 def mean_square(x: jax.Array, eps: jax.Array, axes: FactoredAxes) -> Statistic:
@@ -125,16 +127,24 @@ def mean_square(x: jax.Array, eps: jax.Array, axes: FactoredAxes) -> Statistic:
 
 
 def divide_by_root(x: jax.Array, statistic: Statistic, axes: FactoredAxes) -> jax.Array:
-    """Returns x / sqrt(row colᵀ / mean(row)), factor by factor: each of them is finite.
+    """Returns x / sqrt(row colᵀ / mean(row)), factor by factor, each of them finite.
 
     Their product need not be: a row and a column may both have been zero until now.
     """
     if not isinstance(statistic, Factored):
         return x * jax.lax.rsqrt(statistic)
+    of_row, of_col = inverse_roots(statistic, axes)
+    return x * of_row * of_col
+
+
+def inverse_roots(
+    statistic: Factored, axes: FactoredAxes
+) -> tuple[jax.Array, jax.Array]:
+    """Returns sqrt(mean(row) / row) and 1 / sqrt(col), to multiply the leaf by."""
     row = jnp.expand_dims(statistic.row, axes.col)
     col = jnp.expand_dims(statistic.col, axes.row)
     mean = jnp.mean(row, axes.row, keepdims=True)
-    return x * (jnp.sqrt(mean) * jax.lax.rsqrt(row)) * jax.lax.rsqrt(col)
+    return jnp.sqrt(mean) * jax.lax.rsqrt(row), jax.lax.rsqrt(col)
 
 
 def clip(u: jax.Array, threshold: Any | None, axes: FactoredAxes) -> jax.Array:

@@ -23,7 +23,7 @@ from came_optax._checks import (
 )
 from came_optax._factoring import FactoringRule, LastTwoAxes
 from came_optax._momentum import MuDtype, dtype_name
-from came_optax._transformation import Rule, transformation
+from came_optax._transformation import LeafTransform, transformation
 
 
 class ScaleByCameState(NamedTuple):
@@ -107,7 +107,7 @@ def scale_by_came(
       Luo et al., `CAME <https://arxiv.org/abs/2307.02047>`_, 2023.
     """
     return transformation(
-        _rule(
+        _transform(
             "scale_by_came",
             Hyperparameters(
                 b1,
@@ -223,7 +223,7 @@ def came(
       Luo et al., `CAME: Confidence-guided Adaptive Memory Efficient Optimization
       <https://arxiv.org/abs/2307.02047>`_, ACL 2023.
     """
-    rule = _rule(
+    transform = _transform(
         "came",
         Hyperparameters(
             b1,
@@ -243,7 +243,7 @@ def came(
     if not callable(learning_rate):
         check_scalar("learning_rate", learning_rate, at_least=0, below=math.inf)
     return transformation(
-        rule,
+        transform,
         _add_decayed_weights(weight_decay, weight_decay_mask),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -316,13 +316,13 @@ def steady_came(  # noqa: D417  # They are those of came.
     )
 
 
-def _rule(
+def _transform(
     made_by: str,
     h: Hyperparameters,
     bias_correction: bool,
     factoring: FactoringRule,
     mu_dtype: MuDtype,
-) -> Rule:
+) -> LeafTransform:
     """Returns what is done to every leaf.
 
     Raises:
@@ -337,8 +337,14 @@ def _rule(
     check_threshold("update_clipping_threshold", h.update_clip)
     check_flag("nesterov", h.nesterov)
     check_flag("bias_correction", bias_correction)
-    return Rule(
-        made_by, ScaleByCameState, h, bias_correction, factoring, dtype_name(mu_dtype)
+    return LeafTransform(
+        made_by,
+        ScaleByCameState,
+        h,
+        bias_correction,
+        factoring,
+        dtype_name(mu_dtype),
+        to_params_dtype=True,
     )
 
 

@@ -64,7 +64,7 @@ def reductions(axes: FactoredAxes, ndim: int) -> tuple[Axes, Axes | None]:
 
 
 def encode(
-    x: jax.Array, passes: Any, axes: FactoredAxes, bits: int, count: jax.Array
+    x: Callable[[], jax.Array], axes: FactoredAxes, bits: int, count: jax.Array
 ) -> Codes:
     """Returns codes of x, rounded up or down by turns: on average they are x.
 
@@ -73,25 +73,29 @@ def encode(
     slice of a stack) and on the step, evenly over both.
 
     Args:
-      x: the leaf, real.
-      passes: x as the row and as the column scales are to read it.
+      x: returns the leaf, real, which it may compute anew at each call.
       axes: the leaf's axes.
       bits: 8 or 4.
       count: number of updates with this one; shape (), int32.
     """
-    over_col, over_row = reductions(axes, x.ndim)
-    for_row, for_col = passes
+    for_row = x()
+    over_col, over_row = reductions(axes, for_row.ndim)
     row_scale = jnp.max(jnp.abs(for_row), over_col)
-    col_scale = jnp.zeros((1,), x.dtype)
+    col_scale = jnp.zeros((1,), row_scale.dtype)
     if over_row is not None:
-        col_scale = jnp.max(jnp.abs(for_col), over_row)
+        col_scale = jnp.max(jnp.abs(x()), over_row)
+    leaf, top = x(), _TOP[bits]
     inverse = _of_elements(
-        jnp.maximum, _inverse(row_scale), _inverse(col_scale), axes, x.ndim
+        jnp.maximum, _inverse(row_scale), _inverse(col_scale), axes, leaf.ndim
     )
-    magnitude = jnp.minimum(jnp.abs(x) * inverse, 1)
-    code = _TOP[bits] / 2 * (jnp.sqrt(1 + 8 * magnitude) - 1)
-    thresholds = _thresholds(x, row_scale, col_scale, axes, count)
-    values = jnp.floor(jnp.where(x < 0, -code, code) + thresholds).astype(jnp.int8)
+    magnitude = jnp.minimum(jnp.abs(leaf) * inverse, 1)
+    code = top / 2 * (jnp.sqrt(1 + 8 * magnitude) - 1)
+    # How far the number itself, not its code, is from one level to the next.
+    low = jnp.floor(code)
+    part = code - low
+    code = low + part * (top + 2 * low + part) / (top + 2 * low + 1)
+    thresholds = _thresholds(leaf, row_scale, col_scale, axes, count)
+    values = jnp.floor(jnp.where(leaf < 0, -code, code) + thresholds).astype(jnp.int8)
     return Codes(pack(values) if bits == 4 else values, row_scale, col_scale)
 
 
@@ -101,9 +105,17 @@ def decode(codes: Codes, like: jax.Array, axes: FactoredAxes) -> jax.Array:
     Codes lie three times as close around 0, where most momentum is, as at ±1.
     """
     values = unpack(codes.values, like) if codes.bits == 4 else codes.values
-    scale = _of_elements(jnp.minimum, codes.row_scale, codes.col_scale, axes, like.ndim)
-    y = values.astype(scale.dtype) / _TOP[codes.bits]
-    x: jax.Array = y * (1 + jnp.abs(y)) * (scale / 2)
+    top = _TOP[codes.bits]
+
+    def of_elements(factor: float) -> jax.Array:
+        scales = factor * codes.row_scale, factor * codes.col_scale
+        return _of_elements(jnp.minimum, *scales, axes, like.ndim)
+
+    # y (1 + |y|) / 2 of y = code / top, but in products of whole leaves alone: XLA:CPU
+    # would store a constant that is added as an array.
+    linear, quadratic = of_elements(0.5 / top), of_elements(0.5 / top**2)
+    y = values.astype(linear.dtype)
+    x: jax.Array = y * (linear + jnp.abs(y) * quadratic)
     return x
 
 

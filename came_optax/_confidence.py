@@ -11,7 +11,7 @@ from came_optax._algorithm import Hyperparameters
 from came_optax._checks import check_decay, check_epsilon, check_flag
 from came_optax._factoring import FactoringRule, LastTwoAxes
 from came_optax._momentum import MuDtype, dtype_name
-from came_optax._transformation import Rule, transformation
+from came_optax._transformation import LeafTransform, transformation
 
 
 class ScaleByConfidenceState(NamedTuple):
@@ -109,7 +109,7 @@ def scale_by_confidence(
     check_flag("nesterov", nesterov)
     check_flag("bias_correction", bias_correction)
     return transformation(
-        Rule(
+        LeafTransform(
             "scale_by_confidence",
             ScaleByConfidenceState,
             Hyperparameters(b1=b1, b3=b3, eps2=eps2, nesterov=nesterov),

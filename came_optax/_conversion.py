@@ -275,7 +275,7 @@ def _load(p: jax.Array, stored: Any, kept: Any) -> jax.Array:
 
 def _store(m: jax.Array, like: Any, kept: Any, count: jax.Array) -> Any:
     if isinstance(like, Codes):
-        return encode(m, (m, m), _axes_of_codes(m, kept), like.bits, count)
+        return encode(lambda: m, _axes_of_codes(m, kept), like.bits, count)
     return m.astype(like.dtype)
 
 

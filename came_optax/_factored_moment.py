@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from came_optax._algorithm import Hyperparameters
 from came_optax._checks import check_decay, check_epsilon, check_flag
 from came_optax._factoring import FactoringRule, LastTwoAxes
-from came_optax._transformation import Rule, transformation
+from came_optax._transformation import LeafTransform, transformation
 
 
 class ScaleByFactoredMomentState(NamedTuple):
@@ -77,7 +77,7 @@ def scale_by_factored_moment(
     check_epsilon("eps1", eps1)
     check_flag("bias_correction", bias_correction)
     return transformation(
-        Rule(
+        LeafTransform(
             "scale_by_factored_moment",
             ScaleByFactoredMomentState,
             Hyperparameters(b2=b2, eps1=eps1, clip=None),

@@ -1,7 +1,8 @@
 """How the first moment is stored between steps: as an array, or as codes."""
 
 import math
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ MuDtype: TypeAlias = (
     Literal["float32", "bfloat16", "int8", "int4"] | jax.typing.DTypeLike | None
 )
 Stored: TypeAlias = jax.Array | Codes
+# An array for whoever calls it: the same one, or the same computed anew.
+Lazy: TypeAlias = Callable[[], jax.Array]
 
 
 def is_codes(x: Any) -> bool:
@@ -111,11 +114,36 @@ def has_codes(p: Any, axes: FactoredAxes, mu_dtype: str) -> bool:
     return bool(math.prod(values) + itemsize * scales < itemsize * size)
 
 
-def load(stored: Stored, like: jax.Array, axes: FactoredAxes) -> jax.Array:
-    """Returns stored momentum in the dtype of the step's arithmetic."""
-    if isinstance(stored, Codes):
-        return _codes.decode(stored, like, axes)
-    return stored.astype(like.dtype)
+class Storage(NamedTuple):
+    """How one leaf's momentum is stored after a step.
+
+    Attributes:
+      like: the leaf, in the dtype of the step's arithmetic.
+      axes: the leaf's axes.
+      step: number of updates with this one; shape (), int32.
+    """
+
+    like: jax.Array
+    axes: FactoredAxes
+    step: jax.Array
+
+    def load(self, stored: Stored) -> jax.Array:
+        """Returns stored momentum in the dtype of the step's arithmetic."""
+        if isinstance(stored, Codes):
+            return _codes.decode(stored, self.like, self.axes)
+        return stored.astype(self.like.dtype)
+
+    def store(self, new: Lazy, old: Stored) -> tuple[Stored, Lazy]:
+        """Returns momentum stored as the old one was, and what the step goes on with.
+
+        That is the momentum itself, wherever what is stored is rounded.
+        """
+        if isinstance(old, Codes):
+            return _codes.encode(new, self.axes, old.bits, self.step), new
+        momentum = new()
+        if momentum.dtype != old.dtype:
+            return momentum.astype(old.dtype), new
+        return momentum, lambda: momentum
 
 
 def _array_dtype(p: Any, mu_dtype: str) -> Any:

@@ -11,7 +11,7 @@ from came_optax._algorithm import Hyperparameters
 from came_optax._checks import check_decay, check_flag
 from came_optax._factoring import FactoringRule, LastTwoAxes
 from came_optax._momentum import MuDtype, dtype_name
-from came_optax._transformation import Rule, transformation
+from came_optax._transformation import LeafTransform, transformation
 
 
 class QuantizedEmaState(NamedTuple):
@@ -58,7 +58,7 @@ def quantized_ema(
 
     Returns:
       A transformation with state :class:`QuantizedEmaState`. It returns updates of the
-      dtype that it is given (that of ``params``, if they are) and needs no ``params``.
+      dtype that it is given and needs no ``params``.
 
     Raises:
       ValueError: an argument or a leaf's axes are out of range.
@@ -81,7 +81,7 @@ def quantized_ema(
     check_flag("nesterov", nesterov)
     check_flag("debias", debias)
     return transformation(
-        Rule(
+        LeafTransform(
             "quantized_ema",
             QuantizedEmaState,
             Hyperparameters(b1=decay, nesterov=nesterov),

@@ -62,7 +62,7 @@ def matrix_axes(ndim: int) -> FactoredAxes:
 def round_trip(m: jax.Array, mu_dtype: str, step: int = 1) -> Any:
     """Returns what the next step reads of momentum ``m``."""
     axes = matrix_axes(m.ndim)
-    codes = _codes.encode(m, (m, m), axes, BITS[mu_dtype], jnp.int32(step))
+    codes = _codes.encode(lambda: m, axes, BITS[mu_dtype], jnp.int32(step))
     return _codes.decode(codes, m, axes)
 
 
@@ -83,10 +83,10 @@ def test_error_is_a_step_of_the_row_or_column(shape: Any, mu_dtype: str) -> None
 
 
 @quantized
-def test_what_is_extreme_in_its_row_and_column_is_exact(mu_dtype: str) -> None:
+def test_what_is_extreme_in_its_row_and_column_is_kept(mu_dtype: str) -> None:
     m = jnp.diag(normal((64,)))
     for step in range(20):
-        chex.assert_trees_all_equal(round_trip(m, mu_dtype, step), m)
+        chex.assert_trees_all_close(round_trip(m, mu_dtype, step), m, rtol=3e-7)
 
 
 @quantized
@@ -105,6 +105,18 @@ def test_the_mean_over_steps_is_exact(mu_dtype: str) -> None:
     mean = jnp.mean(jax.vmap(lambda i: round_trip(m, mu_dtype, i))(steps), 0)
     error = jnp.abs(mean - m) / jnp.asarray(largest(m))
     assert error.max() <= LARGEST_ERROR[mu_dtype] / 40
+
+
+@quantized
+def test_the_mean_over_steps_is_exact_relative_to_small_values_too(
+    mu_dtype: str,
+) -> None:
+    """Rounded evenly between codes, not levels, they would be up to 14 % too large."""
+    m = jnp.concatenate([jnp.ones(1), 10.0 ** jnp.linspace(-2.7, 0, 63)])
+    m = m * jnp.where(jnp.arange(64) % 2 == 0, 1, -1)
+    steps = jnp.arange(8192)
+    mean = jnp.mean(jax.vmap(lambda i: round_trip(m, mu_dtype, i))(steps), 0)
+    np.testing.assert_allclose(mean, m, rtol=0.01)
 
 
 def left_after(mu_dtype: str, steps: int, b1: float = 0.9, **gradient: float) -> float:
@@ -408,7 +420,12 @@ def test_orbax_round_trip_is_bit_for_bit(mu_dtype: str, tmp_path: Any) -> None:
     reason="the XLA of jax 0.8.1 takes 48 KiB more than the bound",
 )
 @quantized
-def test_needs_no_copies_of_all_momentum(mu_dtype: str) -> None:
+def test_only_codes_are_copied(mu_dtype: str) -> None:
+    """The update reads the old ones, and XLA can't tell that it comes before the new.
+
+    Decoded momentum, four or eight times as large, is never stored. What is packed two
+    to a byte first takes a byte each.
+    """
     params = {str(i): jax.ShapeDtypeStruct((256, 512), jnp.float32) for i in range(6)}
 
     def temporaries(mu_dtype: str) -> int:
@@ -422,9 +439,10 @@ def test_needs_no_copies_of_all_momentum(mu_dtype: str) -> None:
         compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params)
         return compiled.compile().memory_analysis().temp_size_in_bytes
 
-    leaf, scales = 4 * 256 * 512, 4 * (256 + 512)
-    assert temporaries("float32") < leaf / 4
-    assert temporaries(mu_dtype) <= temporaries("float32") + leaf + scales
+    codes = {"int8": 256 * 512, "int4": 256 * 512 * 3 // 2}[mu_dtype]
+    scales = 4 * (256 + 512)
+    assert temporaries("float32") < 256 * 512
+    assert temporaries(mu_dtype) <= temporaries("float32") + 6 * (codes + 2 * scales)
 
 
 @pytest.mark.parametrize("mu_dtype", ["int16", "float16", "int9", 8, "uint8"])

@@ -1,23 +1,25 @@
 """For CPUs, where fresh memory costs more than arithmetic.
 
-XLA:CPU would store what two passes share, and work on all leaves at once, with
-temporaries for each. Here each leaf waits for a token from the one before; what the
-second pass needs is computed again, behind a barrier, which keeps XLA from finding that
-it is the same; and u − m is stored in the place of m, and the new m in the place of
-that.
+XLA:CPU stores what two passes over memory share. Here each pass computes it again, from
+the gradient and the momentum, which are in memory anyway.
 """
 
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from came_optax import _algorithm as algorithm
 from came_optax._algorithm import Factored, Hyperparameters, Statistic
 from came_optax._factoring import FactoredAxes
-from came_optax._schedules.plain import Schedule, Token, known
+from came_optax._momentum import Lazy, Storage, Stored
+from came_optax._schedules import plain
+from came_optax._schedules.plain import Schedule
 
 T = TypeVar("T")
 
@@ -28,91 +30,82 @@ def normalize(
     h: Hyperparameters,
     axes: FactoredAxes,
     t: Array | None,
-    token: Token,
-) -> tuple[Array, Statistic, Token]:
+) -> tuple[Lazy, Statistic]:
     """See :class:`Schedule`."""
     if not isinstance(v, Factored):
-        v = algorithm.average(v, algorithm.mean_square(g, h.eps1, axes), h.b2)
-    else:
-        decay = after(token, h.b2)
-        row = mean_square(g, axes.col, h.eps1)
-        # A factor, as what a select makes of g would be stored.
-        col = mean_square(after(token, 1 + 0 * h.b2) * apart(g), axes.row, h.eps1)
-        new: Factored = algorithm.average(v, Factored(row, col), decay)
-        v, token = new, token._replace(before=known(jnp.mean(new.row)))
-
-    def whiten(g: Array, v: Statistic) -> Array:
-        return algorithm.whiten(g, v, h, axes, t)
-
-    return clip_computed_twice(whiten, (g, v), h.clip, axes), v, token
+        return plain.normalize(g, v, h, axes, t)
+    whiten = functools.partial(algorithm.whiten, axes=axes, t=t)
+    v = algorithm.average(v, mean_square(anew(lambda g: g, g), h.eps1, axes), h.b2)
+    u = anew(whiten, g, v, h)
+    if h.clip is None:
+        return u, v
+    # A product, as it takes less time than a quotient.
+    factor = 1 / algorithm.excess(u(), h.clip, axes)
+    return anew(lambda g, v, h, factor: whiten(g, v, h) * factor, g, v, h, factor), v
 
 
 def confide(
-    u: Array,
-    m: Array,
+    u: Lazy,
+    mu: Stored,
     s: Factored | None,
     h: Hyperparameters,
     axes: FactoredAxes,
     t: Array | None,
-    token: Token,
-    coded: bool,
-) -> tuple[Array, Array, Factored | None, Token]:
+    storage: Storage,
+) -> tuple[Array, Stored, Factored | None]:
     """See :class:`Schedule`."""
-    del coded
-    if s is None:
-        m = algorithm.average(m, u, h.b1)
-    else:
-        u = after(token, u)
-        change = u - m  # u − m, for the new m, is b1 times this.
-        stored = apart(change)
-        row = mean_square(change, axes.col, h.eps2, h.b1)
-        col = mean_square(stored, axes.row, h.eps2, h.b1)
-        s = algorithm.average(s, Factored(row, col), h.b3)
-        token = token._replace(before=known(s.row, s.col))
-        m = jnp.where(jnp.isfinite(u), u - after(token, h.b1) * stored, u)  # Not ∞ − ∞.
+    if not axes.factored:
+        return plain.confide(u, mu, s, h, axes, t, storage)
 
-    def trust(m: Array, u: Array, s: Factored | None) -> Array:
-        return algorithm.trust(m, u, s, h, axes, t)
+    def load(mu: Stored, b1: Array) -> tuple[Array, Array]:
+        return storage.load(mu), b1
 
-    delta = clip_computed_twice(trust, (m, u, s), h.update_clip, axes)
-    return delta, m, s, token
+    old = anew(load, mu, h.b1)
 
+    def residual() -> Array:
+        (m, b1), one_u = old(), u()
+        return one_u - algorithm.average(m, one_u, b1)
 
-def mean_square(
-    x: Array, over: tuple[int, ...], eps: Array, factor: Array | int = 1
-) -> Array:
-    """Returns the mean of |factor · x|² + ε; the sum of |x|² alone isn't stored."""
-    return algorithm.bounded(factor**2 * jnp.mean(algorithm.square(x), over) + eps)
+    if s is not None:
+        s = algorithm.average(s, mean_square(residual, h.eps2, axes), h.b3)
+        # The old momentum is overwritten, which has to wait for these passes over it.
+        old = anew(load, mu, when_known(h.b1, s))
 
+    def new() -> Array:
+        m, b1 = old()
+        return algorithm.average(m, u(), b1)
 
-def clip_computed_twice(
-    compute: Callable[..., Array],
-    arguments: tuple[Any, ...],
-    threshold: Array | None,
-    axes: FactoredAxes,
-) -> Array:
-    """Returns what ``compute`` returns, clipped; its RMS is that of another call."""
-    u = compute(*arguments)
-    if threshold is None:
-        return u
-    return u / algorithm.excess(compute(*apart(arguments)), threshold, axes)
+    new_mu, m = storage.store(new, mu)
+    delta = algorithm.trust(m(), u(), s, h, axes, t)
+    return algorithm.clip(delta, h.update_clip, axes), new_mu, s
 
 
-def apart(xs: T) -> T:
-    """Returns arrays whose uses share nothing with other uses of them."""
-    same: T = jax.lax.optimization_barrier(xs)
-    return same
+def mean_square(x: Lazy, eps: Array, axes: FactoredAxes) -> Factored:
+    """Returns the means of |x|² + ε over columns and over rows, by a pass each."""
+    by_row, by_col = (algorithm.mean_square(x(), eps, axes) for _ in range(2))
+    assert isinstance(by_row, Factored) and isinstance(by_col, Factored)
+    return Factored(by_row.row, by_col.col)
 
 
-def after(token: Token, x: Array) -> Array:
-    """Returns x, not before the token is known: XLA can't know that it is False."""
-    return jnp.where(token.before, 0, x)
+def anew(function: Callable[..., T], *inputs: Any) -> Callable[[], T]:
+    """Returns ``function`` of the inputs, to be computed anew at each call.
+
+    XLA looks for what is the same, but not through barriers of which no two are alike.
+    """
+    calls = itertools.count()
+
+    def compute() -> T:
+        number = np.int32(next(calls))
+        own, _ = jax.lax.optimization_barrier((inputs, number))
+        return function(*own)
+
+    return compute
 
 
-def passes(m: Array, old_m: Array, u: Array, b1: Array) -> tuple[Array, Array]:
-    """See :class:`Schedule`."""
-    del old_m, u
-    return apart(m), apart((m, b1))[0]  # Not the same barrier twice.
+def when_known(x: Array, s: Factored) -> Array:
+    """Returns x, not before s is known: which is never negative, but XLA can't know."""
+    never = jnp.any(s.row < 0) | jnp.any(s.col < 0)
+    return jnp.where(never, jnp.nan, x)
 
 
-CPU = Schedule(normalize=normalize, confide=confide, passes=passes)
+CPU = Schedule(normalize=normalize, confide=confide)

@@ -1,40 +1,38 @@
-"""For GPUs, where rows and columns take a pass over memory each.
+"""For GPUs, where means over rows and over columns take a pass over memory each.
 
-XLA:GPU stores an array that two passes share. What it can compute from arrays that are
-in memory anyway it computes again: the second pass asks for the same number in another
-form.
+Once the columns' are known, the pass for the rows' has the RMS of u as well.
 """
 
+import jax.numpy as jnp
 from jax import Array
 
 from came_optax import _algorithm as algorithm
-from came_optax._algorithm import Factored, Hyperparameters
+from came_optax._algorithm import Factored, Hyperparameters, Statistic
 from came_optax._factoring import FactoredAxes
-from came_optax._schedules.plain import Schedule, Token
-from came_optax._schedules.plain import two_forms as passes
+from came_optax._momentum import Lazy
+from came_optax._schedules import plain
+from came_optax._schedules.plain import Schedule
 
 
-def confide(
-    u: Array,
-    m: Array,
-    s: Factored | None,
+def normalize(
+    g: Array,
+    v: Statistic,
     h: Hyperparameters,
     axes: FactoredAxes,
     t: Array | None,
-    token: Token,
-    coded: bool,
-) -> tuple[Array, Array, Factored | None, Token]:
+) -> tuple[Lazy, Statistic]:
     """See :class:`Schedule`."""
-    new = algorithm.average(m, u, h.b1)
-    if s is not None:
-        for_row, for_col = passes(new, m, u, h.b1)
-        if not coded:
-            for_row = new  # The first pass stores it.
-        row, _ = algorithm.mean_square(u - for_row, h.eps2, axes)
-        _, col = algorithm.mean_square(u - for_col, h.eps2, axes)
-        s = algorithm.average(s, Factored(row, col), h.b3)
-    delta = algorithm.trust(new, u, s, h, axes, t)
-    return algorithm.clip(delta, h.update_clip, axes), new, s, token
+    if not isinstance(v, Factored) or h.clip is None:
+        return plain.normalize(g, v, h, axes, t)
+    new = algorithm.average(v, algorithm.mean_square(g, h.eps1, axes), h.b2)
+    of_row, of_col = algorithm.inverse_roots(new, axes)
+    mean_of_row = jnp.mean(algorithm.square(g * of_col), axes.col, keepdims=True)
+    rms_of_row = jnp.sqrt(mean_of_row) * of_row
+    if t is not None:
+        rms_of_row = rms_of_row * jnp.sqrt(algorithm.seen(h.b2, t))
+    u = algorithm.whiten(g, new, h, axes, t)
+    u = u / algorithm.excess(rms_of_row, h.clip, axes)
+    return lambda: u, new
 
 
-GPU = Schedule(confide=confide, passes=passes)
+GPU = Schedule(normalize=normalize)

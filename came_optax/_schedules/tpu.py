@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from came_optax import _algorithm as algorithm
 from came_optax._algorithm import Factored, Hyperparameters, Statistic
 from came_optax._factoring import FactoredAxes
-from came_optax._schedules.plain import Schedule, Token, two_forms
+from came_optax._momentum import Lazy
+from came_optax._schedules import plain
+from came_optax._schedules.plain import Schedule
 
 _SMALL = 40 * 2**20  # Bytes; there are 64 MiB or more.
 
@@ -22,27 +23,13 @@ def normalize(
     h: Hyperparameters,
     axes: FactoredAxes,
     t: Array | None,
-    token: Token,
-) -> tuple[Array, Statistic, Token]:
+) -> tuple[Lazy, Statistic]:
     """See :class:`Schedule`."""
-    if isinstance(v, Factored):
-        g = on_chip(g, token.own)
-    return *algorithm.normalize(g, v, h, axes, t), token
+    if isinstance(v, Factored) and g.nbytes <= _SMALL:
+        # No row statistic is negative, but XLA can't know, and has to make the copy.
+        never = jnp.expand_dims(v.row, axes.col) < 0
+        g = jax.lax.optimization_barrier(jnp.where(never, jnp.nan, g))
+    return plain.normalize(g, v, h, axes, t)
 
 
-def stage(codes: Array, v: Statistic | None, token: Token) -> Array:
-    """See :class:`Schedule`. All leaves' codes at once would leave no room on chip."""
-    if isinstance(v, Factored):
-        return on_chip(codes, jnp.mean(v.row) < 0)
-    return codes if v is not None else on_chip(codes, token.before)
-
-
-def on_chip(x: Array, never: Array) -> Array:
-    """Returns a copy of x, made when it is known that ``never`` is False."""
-    if x.nbytes > _SMALL:
-        return x
-    copy: Array = jax.lax.optimization_barrier(jnp.where(never, 0, x))
-    return copy
-
-
-TPU = Schedule(normalize=normalize, stage=stage, passes=two_forms)
+TPU = Schedule(normalize=normalize)
