@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from came_optax._sharding import trace_init
+from came_optax._kept_axes import kept_axes
 
 # What NNX calls the names, in the metadata of a variable and of its optimizer state.
 _NNX_NAMES = ("out_sharding", "sharding_names", "optimizer_sharding")
@@ -43,8 +43,7 @@ def box_state(params: Any, init: Callable[[Any], Any]) -> Any:
     state: Any = init(arrays)
     if not any(map(_is_box, jax.tree.leaves(params, is_leaf=_is_box))):
         return state
-    axes = jax.tree.map(lambda p: PartitionSpec(*map(str, range(p.ndim))), arrays)
-    _, axes_of_state = trace_init(init, arrays, axes)
+    _, axes_of_state = kept_axes(init, arrays)
 
     def box_leaf(box: Any, leaf: Any, axes: Any) -> Any:
         if not _is_box(box):

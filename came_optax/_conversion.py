@@ -7,7 +7,6 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec
 
 from came_optax import _boxes as boxes
 from came_optax._arrays import real_dtype, wide_dtype
@@ -15,9 +14,9 @@ from came_optax._came import ScaleByCameState
 from came_optax._checks import check_same_leaves
 from came_optax._codes import Codes, decode, encode
 from came_optax._factoring import FactoredAxes
+from came_optax._kept_axes import kept_axes, lost_axes
 from came_optax._momentum import is_codes
 from came_optax._paths import KeyPath, owner, path_name
-from came_optax._sharding import trace_init
 
 _LONG_AGO = 10**7  # Updates, after which no average is corrected for its start.
 
@@ -73,8 +72,8 @@ def convert_state(
       dtype('int8')
     """
     arrays = boxes.unbox(params)
-    shapes, old_kept = _axes_kept(old, arrays)
-    _, new_kept = _axes_kept(new, arrays)
+    shapes, old_kept = kept_axes(old.init, arrays)
+    _, new_kept = kept_axes(new.init, arrays)
     boxed = new.init(params)
     state, fresh = boxes.unbox(state), boxes.unbox(boxed)
     _check_state_of_old(state, shapes)
@@ -128,12 +127,6 @@ def _name(path: KeyPath, params: dict[KeyPath, Any]) -> tuple[KeyPath | None, st
     """Returns a state array's parameter, if it has one, and its field."""
     param, field = owner(path, params)
     return param, field if param is not None else path_name(path[-1:])
-
-
-def _axes_kept(tx: optax.GradientTransformation, params: Any) -> tuple[Any, Any]:
-    """Returns the shapes of a state and, of each array, a spec of the axes it has."""
-    axes = jax.tree.map(lambda p: PartitionSpec(*map(str, range(p.ndim))), params)
-    return trace_init(tx.init, params, axes)
 
 
 def _check_state_of_old(state: Any, shapes: Any) -> None:
@@ -239,7 +232,7 @@ def _convert_leaf(
         for name, whole in ("v", v), ("s", s):
             for side in ("row", "col"):
                 field = f"{name}_{side}"
-                leaf[field] = jnp.mean(whole, _reduced(p, new_kept[field]))
+                leaf[field] = jnp.mean(whole, lost_axes(p.ndim, new_kept[field]))
     leaf["mu"] = _store(m, new["mu"], new_kept["mu"], count)
     if "nu" in old:
         return leaf
@@ -258,7 +251,9 @@ def _whole(name: str, p: jax.Array, leaf: Leaf, kept: Leaf) -> jax.Array | None:
     """
     if not kept["v_row"]:
         return leaf.get(name)
-    over_col, over_row = (_reduced(p, kept[f"v_{side}"]) for side in ("row", "col"))
+    over_col, over_row = (
+        lost_axes(p.ndim, kept[f"v_{side}"]) for side in ("row", "col")
+    )
     row = jnp.expand_dims(leaf[f"{name}_row"], over_col)
     col = jnp.expand_dims(leaf[f"{name}_col"], over_row)
     mean = jnp.mean(row, over_row, keepdims=True)
@@ -280,15 +275,10 @@ def _store(m: jax.Array, like: Any, kept: Any, count: jax.Array) -> Any:
 
 
 def _axes_of_codes(p: jax.Array, kept: Codes) -> FactoredAxes:
-    over_col = _reduced(p, kept.row_scale)
+    over_col = lost_axes(p.ndim, kept.row_scale)
     if not kept.col_scale:  # A vector, or a stack of them.
         return FactoredAxes(stack=tuple(a for a in range(p.ndim) if a not in over_col))
-    return FactoredAxes(_reduced(p, kept.col_scale), over_col)
-
-
-def _reduced(p: jax.Array, kept: Any) -> tuple[int, ...]:
-    """Returns the axes of a parameter that an array of its state is a mean over."""
-    return tuple(axis for axis in range(p.ndim) if str(axis) not in kept)
+    return FactoredAxes(lost_axes(p.ndim, kept.col_scale), over_col)
 
 
 def _types(x: Any) -> Any:

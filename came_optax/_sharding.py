@@ -1,12 +1,12 @@
 """Where an optimizer's state lives on a mesh."""
 
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import optax
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from came_optax._kept_axes import trace_init, trimmed
 from came_optax._paths import KeyPath, owner, path_name
 
 
@@ -91,48 +91,6 @@ def state_sharding(
     return jax.tree.map_with_path(place, state, state_specs)
 
 
-def trace_init(init: Callable[[Any], Any], params: Any, specs: Any) -> tuple[Any, Any]:
-    """Returns the shapes of ``init(params)``, and specs that follow those given.
-
-    On ``Explicit`` mesh axes JAX keeps track of shardings in the types of arrays. This
-    traces ``init`` with all axes explicit, whatever the mesh is, and of size 1, so that
-    every dimension can be divided.
-    """
-    names = {
-        name: None  # A dict, to keep the order.
-        for spec in jax.tree.leaves(specs)
-        for entry in spec
-        for name in (entry if isinstance(entry, tuple) else (entry,))
-        if name is not None
-    }
-    mesh = AbstractMesh(
-        (1,) * len(names), tuple(names), axis_types=(AxisType.Explicit,) * len(names)
-    )
-
-    def with_spec(p: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
-        sharding = NamedSharding(mesh, spec) if names else None
-        return jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=sharding)
-
-    # A context mesh cannot be replaced by one of another size, but by none.
-    no_mesh = AbstractMesh((), ())
-    with jax.sharding.use_abstract_mesh(no_mesh), jax.sharding.use_abstract_mesh(mesh):
-        state = jax.eval_shape(init, jax.tree.map(with_spec, params, specs))
-    return state, jax.tree.map(_spec_of, state)
-
-
-def _spec_of(x: jax.ShapeDtypeStruct) -> PartitionSpec:
-    """Returns the spec in an array's type."""
-    return PartitionSpec() if x.sharding is None else _trimmed(x.sharding.spec)
-
-
-def _trimmed(entries: Iterable[Any]) -> PartitionSpec:
-    """Returns a spec without trailing None, as users write it."""
-    kept = list(entries)
-    while kept and kept[-1] is None:
-        kept.pop()
-    return PartitionSpec(*kept)
-
-
 def _dividing(spec: PartitionSpec, shape: Any, sizes: Any) -> PartitionSpec:
     """Returns the spec without the mesh axes that don't divide their dimension."""
 
@@ -148,7 +106,7 @@ def _dividing(spec: PartitionSpec, shape: Any, sizes: Any) -> PartitionSpec:
             return entry
         return tuple(kept) or None
 
-    return _trimmed(map(keep, spec, shape))
+    return trimmed(map(keep, spec, shape))
 
 
 def _is_sharding(x: Any) -> bool:
