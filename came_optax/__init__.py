@@ -3,7 +3,7 @@
 from came_optax._came import ScaleByCameState, came, scale_by_came, steady_came
 from came_optax._codes import Codes
 from came_optax._confidence import ScaleByConfidenceState, scale_by_confidence
-from came_optax._conversion import convert_state
+from came_optax._conversion import ConversionReport, conversion_report, convert_state
 from came_optax._factored_moment import (
     ScaleByFactoredMomentState,
     scale_by_factored_moment,
@@ -27,6 +27,7 @@ __all__ = [
     "BalancedSplit",
     "ByPath",
     "Codes",
+    "ConversionReport",
     "FactoredAxes",
     "FactoringRule",
     "LargestTwoAxes",
@@ -39,6 +40,7 @@ __all__ = [
     "StateMemory",
     "__version__",
     "came",
+    "conversion_report",
     "convert_state",
     "quantized_ema",
     "scale_by_came",

@@ -77,8 +77,22 @@ def check_array(
             "restored? a state made with other options is taken over by convert_state)"
         )
     if x.shape != shape:
+        hint = RESIZED
+        if has_axes_of(x.shape, like.shape):
+            hint = "a state made with other options is taken over by convert_state"
         raise ValueError(
             f"{name} of leaf {path_name(path)!r} has shape {x.shape}; for updates of "
-            f"shape {like.shape} and {why} it must be {shape} (a state made with other "
-            "options is taken over by convert_state)"
+            f"shape {like.shape} and {why} it must be {shape} ({hint})"
         )
+
+
+RESIZED = (
+    "the parameter was resized, and its state must be resized with it, as Moving a "
+    "running job in the documentation shows, or be a new one that init makes"
+)
+
+
+def has_axes_of(shape: Shape, whole: Shape) -> bool:
+    """Returns whether ``shape`` may be that of a state's array for such a parameter."""
+    axes = iter(whole)
+    return shape == (1,) or all(n in axes for n in shape)

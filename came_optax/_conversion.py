@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+import dataclasses
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import GetAttrKey
 
 from came_optax import _boxes as boxes
-from came_optax._arrays import real_dtype, wide_dtype
-from came_optax._came import ScaleByCameState
-from came_optax._checks import check_same_leaves
-from came_optax._codes import Codes, decode, encode
-from came_optax._factoring import FactoredAxes
-from came_optax._kept_axes import kept_axes, lost_axes
-from came_optax._momentum import is_codes
+from came_optax._alignment import Part, Viewer, align, parts
+from came_optax._arrays import RESIZED, has_axes_of
+from came_optax._kept_axes import kept_axes
+from came_optax._leaf_conversion import KINDS, convert
 from came_optax._paths import KeyPath, owner, path_name
 
-_LONG_AGO = 10**7  # Updates, after which no average is corrected for its start.
-
-Leaf: TypeAlias = dict[str, Any]  # What a part of the state holds for a parameter.
+# What counts the steps of a learning rate's schedule.
+_COUNTING = (optax.ScaleByScheduleState, optax.InjectStatefulHyperparamsState)
 
 
 def convert_state(
@@ -29,36 +28,47 @@ def convert_state(
     *,
     old: optax.GradientTransformation,
     new: optax.GradientTransformation,
+    strict: bool = True,
 ) -> optax.OptState:
     r"""Returns the state of another optimizer that goes on where a job is.
 
-    From a CAME to one with another ``mu_dtype`` or ``factoring``: momentum is decoded
-    and stored anew, statistics are those of their outer product, or copied where the
-    rule reads a leaf as before. From Adam (whatever has an
-    ``optax.ScaleByAdamState``), whose momentum averages gradients where CAME's averages
-    gradients over their root mean square:
+    Each transformation of ``new`` takes over the state of the one of ``old`` that has
+    its place, through ``chain``, ``masked``, ``partition``, ``MultiSteps``,
+    ``inject_hyperparams`` and other wrappers: of those that a parameter passes, the
+    first of a kind that of the first of the kind, and so on. What is stored as before
+    is kept to the last bit, its sharding included. The rest is converted:
 
-    - the second moment's rows and columns are means of ``nu``;
-    - momentum is :math:`\mu / \sqrt{\nu}`, with a root mean square of at most 1;
-    - the instability is 1 everywhere: no confidence yet, updates are momentum;
-    - CAME's count is 10⁷: averages that did not start at zero are not to be corrected.
+    - A CAME, one of its halves, or :func:`quantized_ema`, with another ``mu_dtype`` or
+      ``factoring``: momentum is decoded and stored anew, statistics are those of their
+      outer product.
+    - ``optax.ema`` and :func:`quantized_ema`: into each other.
+    - Adam to CAME: momentum is :math:`\mu / \sqrt{\nu}`, with a root mean square of at
+      most 1, as CAME averages gradients over their root mean square; the second moment
+      is means of :math:`\nu`; the instability is 1: no confidence yet. CAME's own count
+      is 10⁷, as averages that did not start at zero must not be corrected.
+    - CAME to Adam: :math:`\nu` is the outer product of rows and columns, and
+      :math:`\mu` is :math:`m \sqrt{\nu}`. Adam's own count is 10⁷.
 
-    Other step counts, and with them learning rate schedules, go on. So does what both
-    have beside, such as accumulated gradients. The rest is as ``new.init`` makes it,
-    injected hyperparameters among it.
+    An injected hyperparameter goes on as it is in the state where ``old`` and ``new``
+    give it the same value; where they don't, it is as ``new`` gives it.
 
     Args:
-      state: the state.
-      params: the parameters.
+      state: the state. That of a Flax ``nnx.Optimizer`` is
+        ``nnx.as_pure(optimizer.opt_state)``; ``nnx.update(new_optimizer.opt_state,
+        nnx.state(converted))`` puts it back.
+      params: the parameters, as ``old.init`` was given them.
       old: the optimizer that ``state`` is of.
       new: the optimizer that it is to be of.
+      strict: raise if an array of ``state`` has no place in ``new``, or a part of
+        ``new`` none in ``old``. Otherwise the former are dropped, and the latter are as
+        ``new.init`` makes them. :func:`conversion_report` says which they are.
 
     Returns:
       A state of ``new``. Under ``jax.jit`` with ``out_shardings`` from
       :func:`state_sharding` it is made where it belongs.
 
     Raises:
-      ValueError: ``state`` is not one of ``old``, or nothing in it can be converted.
+      ValueError: ``state`` is not one of ``old``, or it cannot be carried over whole.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -71,65 +81,227 @@ def convert_state(
       >>> optax.tree.get(state, "mu")["kernel"].values.dtype
       dtype('int8')
     """
+    converted: optax.OptState
+    converted, report = _convert(state, params, old, new)
+    if strict and (report.anew or report.dropped):
+        raise ValueError(
+            "old and new differ in more than can be converted: "
+            + "; ".join(
+                f"{what} {', '.join(names)}"
+                for what, names in (
+                    ("only new has", report.anew),
+                    ("only old has", report.dropped),
+                )
+                if names
+            )
+            + " (strict=False makes the former as new.init does, and drops the latter)"
+        )
+    return converted
+
+
+@dataclasses.dataclass(frozen=True)
+class ConversionReport:
+    """What :func:`convert_state` does to a state; ``print`` shows it as a table.
+
+    Parts are named by their class and place in the state, as in
+    ``"ScaleByCameState at '0'"``, single arrays by their path.
+
+    Attributes:
+      kept: parts of the new state, and those of the old that they are, to the last bit.
+      converted: parts of the new state, and those of the old that they are made of.
+      anew: what only the new state has.
+      dropped: what only the old state has.
+    """
+
+    kept: Mapping[str, str]
+    converted: Mapping[str, str]
+    anew: tuple[str, ...]
+    dropped: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Returns a table of the new state's parts and what else the old one has."""
+        rows = [
+            *(("kept", name, "is", of) for name, of in self.kept.items()),
+            *(("converted", name, "from", of) for name, of in self.converted.items()),
+            *(("anew", name, "", "") for name in self.anew),
+            *(("dropped", "", "", name) for name in self.dropped),
+        ]
+        rows.insert(0, ("", "new state", "", "old state"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join(f"{x:<{n}}" for x, n in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        )
+
+
+def conversion_report(
+    params: Any, *, old: optax.GradientTransformation, new: optax.GradientTransformation
+) -> ConversionReport:
+    """Says what :func:`convert_state` would do, before there is a state.
+
+    Args:
+      params: the parameters, as arrays or as ``jax.ShapeDtypeStruct``.
+      old: the optimizer of a state.
+      new: the optimizer that it is to become one of.
+
+    Returns:
+      What is kept, converted, made anew and dropped; the latter two with
+      ``strict=False`` only.
+
+    Raises:
+      ValueError: as :func:`convert_state` does.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from came_optax import conversion_report, steady_came
+      >>> params = {"kernel": jax.ShapeDtypeStruct((64, 64), jnp.float32)}
+      >>> schedule = optax.cosine_decay_schedule(1e-3, 1000)
+      >>> old = optax.MultiSteps(optax.adamw(schedule), 4)
+      >>> new = optax.MultiSteps(steady_came(schedule), 4)
+      >>> print(conversion_report(params, old=old, new=new))
+    """
+    reports: list[ConversionReport] = []
+
+    def run(params: Any) -> Any:
+        state, report = _convert(old.init(params), params, old, new)
+        reports.append(report)
+        return state
+
+    jax.eval_shape(run, params)
+    return reports[0]
+
+
+def _convert(
+    state: Any,
+    params: Any,
+    old: optax.GradientTransformation,
+    new: optax.GradientTransformation,
+) -> tuple[Any, ConversionReport]:
+    """Returns the converted state, and what was done to it."""
     arrays = boxes.unbox(params)
+    by_path = dict(jax.tree.leaves_with_path(arrays))
     shapes, old_kept = kept_axes(old.init, arrays)
     _, new_kept = kept_axes(new.init, arrays)
     boxed = new.init(params)
     state, fresh = boxes.unbox(state), boxes.unbox(boxed)
-    _check_state_of_old(state, shapes)
-    parts, new_parts = _parts(state), _parts(fresh)
-    if not all(isinstance(part, ScaleByCameState) for part in new_parts):
-        raise ValueError("new must be made of scale_by_came, not of scale_by_adam")
-    if len(parts) != len(new_parts) or not parts:
-        raise ValueError(
-            "convert_state needs as many scale_by_came in new as there are "
-            f"scale_by_came and scale_by_adam in old, got {len(new_parts)} and "
-            f"{len(parts)}"
-        )
-    count = parts[0].count
-    paths = dict(jax.tree.leaves_with_path(arrays))
-    converted = (
-        _convert_part(*part, paths)
-        for part in zip(
-            parts, _parts(old_kept), new_parts, _parts(new_kept), strict=True
-        )
+    _check_state_of_old(state, shapes, by_path)
+    old_parts, new_parts = (
+        parts(state, old_kept, by_path),
+        parts(fresh, new_kept, by_path),
     )
-    others = {_name(path, paths): x for path, x in jax.tree.leaves_with_path(state)}
+    in_state = dict(jax.tree.leaves_with_path(state))
+    set_in_old = _set_hyperparameters(old, arrays, in_state)
+    carried: dict[KeyPath, Any] = {}
+    used = set(set_in_old)
+    kept: dict[str, str] = {}
+    converted: dict[str, str] = {}
+    sources_of = align(old_parts, new_parts, by_path, _family)
+    for part, sources in zip(new_parts, sources_of, strict=True):
+        if not sources:
+            continue
+        if part.kind in KINDS:
+            made = dict(convert(part, sources, by_path))
+        else:
+            made = dict(_carry(part, sources, by_path, set_in_old))
+        origins = list(dict.fromkeys(sources.values()))
+        taken = {
+            source.path + path
+            for source in origins
+            for path in source.arrays
+            if sources.get(owner(path, by_path)[0], source) is source
+            and (path in made or part.kind in (*KINDS, *_COUNTING))
+        }
+        same = {id(in_state[path]) for path in taken} >= set(map(id, made.values()))
+        (kept if same else converted)[str(part)] = ", ".join(map(str, origins))
+        carried |= {part.path + path: x for path, x in made.items()}
+        used |= taken
+    in_new = set(dict(jax.tree.leaves_with_path(fresh)))
+    report = ConversionReport(
+        kept,
+        converted,
+        anew=tuple(_names(new_parts, in_new - set(carried))),
+        dropped=tuple(_names(old_parts, set(in_state) - used)),
+    )
+    new_state: Any = jax.tree.map_with_path(lambda p, x: carried.get(p, x), fresh)
+    return boxes.box_like(boxed, new_state), report
 
-    def choose(path: KeyPath, x: Any) -> Any:
-        if _is_part(x):
-            return next(converted)
-        name = _name(path, paths)
-        if name[-1] == "count":
-            return count
-        found = others.get(name)
-        is_injected = any(_field(key) == "hyperparams" for key in path)
-        return x if is_injected or _types(found) != _types(x) else found
 
-    new_state: Any = jax.tree.map_with_path(choose, fresh, is_leaf=_is_part)
-    reboxed: optax.OptState = boxes.box_like(boxed, new_state)
-    return reboxed
+def _set_hyperparameters(
+    tx: optax.GradientTransformation, params: Any, paths: Iterable[KeyPath]
+) -> dict[KeyPath, jax.Array]:
+    """Returns what injected hyperparameters are at first, by their paths."""
+    injected = [path for path in paths if _is_hyperparameter(path)]
 
+    def init(params: Any) -> list[jax.Array]:
+        state = dict(jax.tree.leaves_with_path(boxes.unbox(tx.init(params))))
+        return [state[path] for path in injected]
 
-def _is_part(x: Any) -> bool:
-    return isinstance(x, ScaleByCameState | optax.ScaleByAdamState)
+    values = jax.jit(init)(params) if injected else []
+    return dict(zip(injected, values, strict=True))
 
 
-def _parts(state: Any) -> list[Any]:
-    return [x for x in jax.tree.leaves(state, is_leaf=_is_part) if _is_part(x)]
+def _carry(
+    part: Part,
+    sources: Mapping[Viewer, Part],
+    params: Mapping[KeyPath, Any],
+    set_in_old: Mapping[KeyPath, jax.Array],
+) -> Iterator[tuple[KeyPath, Any]]:
+    """Yields the arrays that a part has of the old ones, by their paths in it.
+
+    Hyperparameters that the new optimizer sets otherwise than the old are its own.
+    """
+    first = next(iter(sources.values()))
+    for path, like in part.arrays.items():
+        param, _ = owner(path, params)
+        source = first if param is None else sources.get(param)
+        if source is None:
+            continue
+        if source.kind is part.kind and path in source.arrays:
+            x = source.arrays[path]
+            _check_alike(part.path + path, x, like)
+            if _is_hyperparameter(path):
+                x = jnp.where(set_in_old[source.path + path] == like, x, like)
+            yield path, x if x.dtype == like.dtype else x.astype(like.dtype)
+        elif _is_hyperparameter(path):
+            yield path, like
+        elif part.kind in _COUNTING and path[-1] == GetAttrKey("count"):
+            yield path, source.node.count
 
 
-def _field(key: Any) -> str | None:
-    return key.name if isinstance(key, jax.tree_util.GetAttrKey) else None
+def _family(kind: type) -> Hashable:
+    """Returns what parts must have in common to take each other's place."""
+    if kind in KINDS:
+        return KINDS[kind].family
+    return "schedule" if kind in _COUNTING else kind
 
 
-def _name(path: KeyPath, params: dict[KeyPath, Any]) -> tuple[KeyPath | None, str]:
-    """Returns a state array's parameter, if it has one, and its field."""
-    param, field = owner(path, params)
-    return param, field if param is not None else path_name(path[-1:])
+def _is_hyperparameter(path: KeyPath) -> bool:
+    return GetAttrKey("hyperparams") in path
 
 
-def _check_state_of_old(state: Any, shapes: Any) -> None:
+def _check_alike(path: KeyPath, x: Any, like: Any) -> None:
+    """Raises if an array that has no other meaning here can't be another."""
+    kinds = (jnp.inexact, jnp.integer, jnp.bool_)
+    castable = any(all(jnp.issubdtype(a.dtype, k) for a in (x, like)) for k in kinds)
+    if x.shape != like.shape or not (castable or x.dtype == like.dtype):
+        raise ValueError(
+            f"{path_name(path)!r} is {like.dtype} of shape {like.shape} in new, and "
+            f"{x.dtype} of shape {x.shape} in old"
+        )
+
+
+def _names(owned: Sequence[Part], arrays: set[KeyPath]) -> Iterator[str]:
+    """Yields the names of parts, or of arrays whose part has others besides."""
+    for part in owned:
+        there = [part.path + path for path in part.arrays]
+        left = [path for path in there if path in arrays]
+        if len(left) == len(there):
+            yield str(part)
+        else:
+            yield from (repr(path_name(path)) for path in left)
+
+
+def _check_state_of_old(state: Any, shapes: Any, params: Mapping[KeyPath, Any]) -> None:
     """Raises unless a state is as ``old.init`` makes it."""
     structures: list[Any] = [jax.tree.structure(tree) for tree in (state, shapes)]
     if structures[0] != structures[1]:
@@ -139,147 +311,13 @@ def _check_state_of_old(state: Any, shapes: Any) -> None:
         )
 
     def check(path: KeyPath, x: Any, like: Any) -> None:
-        if x.shape != like.shape:
-            raise ValueError(
-                f"state is not one of old: {path_name(path)!r} has shape {x.shape}, "
-                f"and in old {like.shape}"
-            )
+        if x.shape == like.shape:
+            return
+        param, _ = owner(path, params)
+        fits = param is None or has_axes_of(x.shape, params[param].shape)
+        raise ValueError(
+            f"state is not one of old: {path_name(path)!r} has shape {x.shape}, "
+            f"and in old {like.shape}" + ("" if fits else f" ({RESIZED})")
+        )
 
     jax.tree.map_with_path(check, state, shapes)
-
-
-def _leaves(part: Any) -> list[dict[str, Any]]:
-    """Returns the arrays of each leaf of a part, or what else is in their places."""
-    fields = part._asdict()
-    del fields["count"]
-    treedef: Any = jax.tree.structure(fields["nu" if "nu" in fields else "v"])
-    columns = [treedef.flatten_up_to(tree) for tree in fields.values()]
-    return [dict(zip(fields, leaf, strict=True)) for leaf in zip(*columns, strict=True)]
-
-
-def _convert_part(
-    old: Any, old_kept: Any, new: Any, new_kept: Any, params: dict[KeyPath, Any]
-) -> Any:
-    """Returns a :class:`ScaleByCameState` that goes on where ``old`` is."""
-    tree: Any = jax.tree.structure(new.v)
-    check_same_leaves("state of new", new.v, "state of old", old.mu, is_codes)
-    if isinstance(old, ScaleByCameState):
-        count, s = old.count, _mean_instability(old, old_kept)
-    else:
-        count, s = jnp.array(_LONG_AGO, jnp.int32), jnp.ones([])
-    converted = [
-        _convert_leaf(params[path], leaf, kept, new_leaf, new_leaf_kept, count, s)
-        for (path, _), leaf, kept, new_leaf, new_leaf_kept in zip(
-            jax.tree.leaves_with_path(new.v),
-            *map(_leaves, (old, old_kept, new, new_kept)),
-            strict=True,
-        )
-    ]
-    trees = {
-        name: tree.unflatten([leaf[name] for leaf in converted])
-        for name in new._fields
-        if name != "count"
-    }
-    return new._replace(count=count, **trees)
-
-
-def _mean_instability(state: Any, kept: Any) -> jax.Array:
-    """Returns the mean over the leaves that have one, 1 if none has.
-
-    For leaves that have none as yet: as far from its start at zero as theirs.
-    """
-    means = [
-        jnp.mean(leaf["s_row"])
-        for leaf, axes in zip(_leaves(state), _leaves(kept), strict=True)
-        if axes["s_row"]
-    ]
-    return jnp.mean(jnp.array(means)) if means else jnp.ones([])
-
-
-def _convert_leaf(
-    p: jax.Array,
-    old: Leaf,
-    old_kept: Leaf,
-    new: Leaf,
-    new_kept: Leaf,
-    count: Any,
-    new_s: jax.Array,
-) -> Leaf:
-    """Returns the arrays of a leaf, read as another matrix and with other momentum.
-
-    Args:
-      p: the parameter.
-      old: its arrays in the old state.
-      old_kept: the axes of the parameter that each of them has.
-      new: its arrays as the new optimizer's ``init`` makes them.
-      new_kept: the axes that each of those has.
-      count: the new state's.
-      new_s: the instability, if it has none so far.
-    """
-    if "nu" in old:
-        v, s = old["nu"].astype(real_dtype(p.dtype)), None
-        m = old["mu"].astype(wide_dtype(p.dtype))
-        m = m * jnp.where(v > 0, jax.lax.rsqrt(jnp.where(v > 0, v, 1)), 0)
-        m = m / jnp.maximum(1, jnp.sqrt(jnp.mean(jnp.abs(m) ** 2)))
-    else:
-        v, s = (_whole(name, p, old, old_kept) for name in ("v", "s"))
-        m = _load(p, old["mu"], old_kept["mu"])
-    leaf = dict(new)
-    if not new_kept["v_row"]:
-        leaf["v"] = v
-    else:
-        s = jnp.full_like(v, new_s) if s is None else s
-        for name, whole in ("v", v), ("s", s):
-            for side in ("row", "col"):
-                field = f"{name}_{side}"
-                leaf[field] = jnp.mean(whole, lost_axes(p.ndim, new_kept[field]))
-    leaf["mu"] = _store(m, new["mu"], new_kept["mu"], count)
-    if "nu" in old:
-        return leaf
-    unchanged = {
-        name: x  # To the last bit.
-        for name, x in old.items()
-        if old_kept[name] == new_kept[name] and _types(x) == _types(new[name])
-    }
-    return leaf | unchanged
-
-
-def _whole(name: str, p: jax.Array, leaf: Leaf, kept: Leaf) -> jax.Array | None:
-    """Returns a statistic of each element, in a matrix as the outer product has it.
-
-    None for the instability of a leaf that isn't factored.
-    """
-    if not kept["v_row"]:
-        return leaf.get(name)
-    over_col, over_row = (
-        lost_axes(p.ndim, kept[f"v_{side}"]) for side in ("row", "col")
-    )
-    row = jnp.expand_dims(leaf[f"{name}_row"], over_col)
-    col = jnp.expand_dims(leaf[f"{name}_col"], over_row)
-    mean = jnp.mean(row, over_row, keepdims=True)
-    whole: jax.Array = row / jnp.where(mean > 0, mean, 1) * col
-    return whole
-
-
-def _load(p: jax.Array, stored: Any, kept: Any) -> jax.Array:
-    if isinstance(stored, Codes):
-        return decode(stored, p, _axes_of_codes(p, kept))
-    array: jax.Array = stored.astype(wide_dtype(p.dtype))
-    return array
-
-
-def _store(m: jax.Array, like: Any, kept: Any, count: jax.Array) -> Any:
-    if isinstance(like, Codes):
-        return encode(lambda: m, _axes_of_codes(m, kept), like.bits, count)
-    return m.astype(like.dtype)
-
-
-def _axes_of_codes(p: jax.Array, kept: Codes) -> FactoredAxes:
-    over_col = lost_axes(p.ndim, kept.row_scale)
-    if not kept.col_scale:  # A vector, or a stack of them.
-        return FactoredAxes(stack=tuple(a for a in range(p.ndim) if a not in over_col))
-    return FactoredAxes(lost_axes(p.ndim, kept.col_scale), over_col)
-
-
-def _types(x: Any) -> Any:
-    return jax.tree.map(jax.typeof, x)
