@@ -85,16 +85,9 @@ def convert_state(
     converted, report = _convert(state, params, old, new)
     if strict and (report.anew or report.dropped):
         raise ValueError(
-            "old and new differ in more than can be converted: "
-            + "; ".join(
-                f"{what} {', '.join(names)}"
-                for what, names in (
-                    ("only new has", report.anew),
-                    ("only old has", report.dropped),
-                )
-                if names
-            )
-            + " (strict=False makes the former as new.init does, and drops the latter)"
+            f"old and new differ: {_some('only new has', report.anew)}"
+            f"{_some('only old has', report.dropped)}strict=False makes what only new "
+            "has as new.init does, and drops what only old has"
         )
     return converted
 
@@ -208,8 +201,9 @@ def _convert(
             source.path + path
             for source in origins
             for path in source.arrays
-            if sources.get(owner(path, by_path)[0], source) is source
-            and (path in made or part.kind in (*KINDS, *_COUNTING))
+            if path in made or part.kind in (*KINDS, *_COUNTING)
+            if (param := owner(path, by_path)[0]) is None
+            or sources.get(param) is source
         }
         same = {id(in_state[path]) for path in taken} >= set(map(id, made.values()))
         (kept if same else converted)[str(part)] = ", ".join(map(str, origins))
@@ -219,8 +213,8 @@ def _convert(
     report = ConversionReport(
         kept,
         converted,
-        anew=tuple(_names(new_parts, in_new - set(carried))),
-        dropped=tuple(_names(old_parts, set(in_state) - used)),
+        anew=_names(new_parts, in_new - set(carried), by_path),
+        dropped=_names(old_parts, set(in_state) - used, by_path),
     )
     new_state: Any = jax.tree.map_with_path(lambda p, x: carried.get(p, x), fresh)
     return boxes.box_like(boxed, new_state), report
@@ -290,15 +284,27 @@ def _check_alike(path: KeyPath, x: Any, like: Any) -> None:
         )
 
 
-def _names(owned: Sequence[Part], arrays: set[KeyPath]) -> Iterator[str]:
-    """Yields the names of parts, or of arrays whose part has others besides."""
+def _some(what: str, names: Sequence[str]) -> str:
+    """Returns the beginning of an error about the first few names, if there are any."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{what} {', '.join(names[:3])}{more}; " if names else ""
+
+
+def _names(
+    owned: Sequence[Part], arrays: set[KeyPath], params: Mapping[KeyPath, Any]
+) -> tuple[str, ...]:
+    """Returns what arrays are called: whole parts, of a parameter, or alone."""
+    names: dict[str, None] = {}  # In order.
     for part in owned:
-        there = [part.path + path for path in part.arrays]
-        left = [path for path in there if path in arrays]
-        if len(left) == len(there):
-            yield str(part)
-        else:
-            yield from (repr(path_name(path)) for path in left)
+        left = [path for path in part.arrays if part.path + path in arrays]
+        if len(left) == len(part.arrays):
+            names[str(part)] = None
+            continue
+        for path in left:
+            param, _ = owner(path, params)
+            of = path_name(path) if param is None else path_name(param)
+            names[f"{of!r} of {part}"] = None
+    return tuple(names)
 
 
 def _check_state_of_old(state: Any, shapes: Any, params: Mapping[KeyPath, Any]) -> None:
