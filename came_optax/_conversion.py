@@ -148,10 +148,11 @@ def conversion_report(
       >>> import jax, jax.numpy as jnp, optax
       >>> from came_optax import conversion_report, steady_came
       >>> params = {"kernel": jax.ShapeDtypeStruct((64, 64), jnp.float32)}
-      >>> schedule = optax.cosine_decay_schedule(1e-3, 1000)
-      >>> old = optax.MultiSteps(optax.adamw(schedule), 4)
-      >>> new = optax.MultiSteps(steady_came(schedule), 4)
-      >>> print(conversion_report(params, old=old, new=new))
+      >>> new = steady_came(optax.cosine_decay_schedule(1e-3, 1000))
+      >>> print(conversion_report(params, old=optax.adamw(1e-3), new=new))
+                 new state                          old state
+      converted  ScaleByCameState at '0'      from  ScaleByAdamState at '0'
+      anew       ScaleByScheduleState at '2'
     """
     reports: list[ConversionReport] = []
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import optax
 
+from came_optax._boxes import unbox
 from came_optax._paths import KeyPath, Shape, owner, path_name
 
 _OTHER = "(other)"  # Counters, hyperparameters and such, which belong to no parameter.
@@ -124,7 +125,7 @@ def state_memory(tx: optax.GradientTransformation, params: Any) -> StateMemory:
         int32                          4
       AdamW      67,108,864  268,435,460        4.000
     """
-    leaves = dict(jax.tree.leaves_with_path(params))
+    leaves = dict(jax.tree.leaves_with_path(unbox(params)))
     depth = 1 + _shared_keys(list(leaves))
     names: dict[KeyPath | None, tuple[str, str]] = {None: (_OTHER, _OTHER)}
     params_by_module: collections.Counter[str] = collections.Counter()
@@ -135,7 +136,9 @@ def state_memory(tx: optax.GradientTransformation, params: Any) -> StateMemory:
     by_module: collections.Counter[str] = collections.Counter()
     by_dtype: collections.Counter[str] = collections.Counter()
     of_field: dict[str, dict[str, Shape]] = collections.defaultdict(dict)
-    for path, x in jax.tree.leaves_with_path(jax.eval_shape(tx.init, params)):
+    # Without boxes, leaves are called as factoring rules see them.
+    state = unbox(jax.eval_shape(tx.init, params))
+    for path, x in jax.tree.leaves_with_path(state):
         param, field = owner(path, leaves)
         leaf, module = names[param]
         by_leaf[leaf] += _bytes(x)

@@ -6,6 +6,7 @@ import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from came_optax._boxes import unbox
 from came_optax._kept_axes import trace_init, trimmed
 from came_optax._paths import KeyPath, owner, path_name
 
@@ -61,7 +62,7 @@ def state_sharding(
           state = jax.jit(tx.init, out_shardings=shardings)(params)
     """
     shardings = jax.tree.broadcast(params_sharding, params, is_leaf=_is_sharding)
-    jax.tree.map_with_path(_check_sharding, params, shardings)
+    jax.tree.map_with_path(_check_sharding, unbox(params), unbox(shardings))
     kinds = {type(s) for s in jax.tree.leaves(shardings)}
     meshes = {s.mesh for s in jax.tree.leaves(shardings) if hasattr(s, "mesh")}
     if len(kinds) > 1:

@@ -67,7 +67,7 @@ def transformation(
     rest: Any = optax.chain(*then) if then else None
 
     def init_fn(params: optax.Params) -> State:
-        check_inexact("params", params)
+        check_inexact("params", boxes.unbox(params))
         state = boxes.box_state(params, functools.partial(_init, transform))
         return (state, *rest.init(params)) if then else state
 
@@ -77,12 +77,13 @@ def transformation(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, State]:
-        check_inexact("updates", updates)
+        gradients, like = boxes.unbox(updates), boxes.unbox(params)
+        check_inexact("updates", gradients)
         own, rest_state = _split(transform, state, len(then))
         if params is not None:
-            check_params(params, updates)
+            check_params(like, gradients)
         rounds_to_params = transform.to_params_dtype and params is not None
-        new, own_arrays = _update(transform, boxes.unbox(updates), boxes.unbox(own))
+        new, own_arrays = _update(transform, gradients, boxes.unbox(own))
         if then:
             new, rest_state = rest.update(new, rest_state, params, **extra_args)
         # At the end: a large update may be infinite in float16 until the learning rate
@@ -90,7 +91,7 @@ def transformation(
         new = jax.tree.map(
             lambda u, x: u.astype(jax.dtypes.canonicalize_dtype(x.dtype)),
             new,
-            boxes.unbox(params if rounds_to_params else updates),
+            like if rounds_to_params else gradients,
         )
         own = boxes.box_like(own, own_arrays)
         return boxes.box_like(updates, new), (own, *rest_state) if then else own

@@ -305,8 +305,8 @@ def test_back_to_adam():
         (optax.ema(0.9, debias=False), quantized_ema(0.9, mu_dtype="int8")),
         (quantized_ema(0.9, mu_dtype="int8"), optax.ema(0.9, debias=False)),
         (
-            scale_by_confidence(mu_dtype="int8"),
-            scale_by_confidence(factoring=BalancedSplit()),
+            scale_by_confidence(eps2=0.1, mu_dtype="int8"),
+            scale_by_confidence(eps2=0.1, factoring=BalancedSplit()),
         ),
         (
             scale_by_factored_moment(),
@@ -426,7 +426,7 @@ def test_nnx_optimizer_goes_on():
     assert optimizer.opt_state[0].mu["kernel"].values.dtype == jnp.int8
     moved = step(model, optimizer)
     assert cosine(moved, last) > 0.95
-    np.testing.assert_allclose(jnp.linalg.norm(moved), jnp.linalg.norm(last), rtol=0.2)
+    np.testing.assert_allclose(jnp.linalg.norm(moved), jnp.linalg.norm(last), rtol=0.3)
 
 
 @pytest.mark.parametrize(

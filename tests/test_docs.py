@@ -14,7 +14,13 @@ import matplotlib
 import pytest
 from flax import traverse_util
 
-from came_optax import BalancedSplit, LastTwoAxes, Stacked, state_memory, steady_came
+from came_optax import (
+    BalancedSplit,
+    LastTwoAxes,
+    Stacked,
+    state_memory,
+    steady_came,
+)
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 NOTEBOOK = DOCS / "getting-started.ipynb"
@@ -46,6 +52,25 @@ def run(code: list[str]) -> dict:
 )
 def test_blocks_run(path):
     run(blocks(path))
+
+
+def test_a_job_that_is_moved_as_the_page_says_goes_on():
+    """Parameters move as far as AdamW would have moved them; twice, and back."""
+    text = (DOCS / "moving-a-job.md").read_text(encoding="utf-8")
+    page = blocks(DOCS / "moving-a-job.md")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        names = run(page[:3])
+    assert f"```text\n{printed.getvalue()}```" in text
+    adamw, grads, params = (names[name] for name in ("adamw", "grads", "params"))
+    state = run(page[:1])["adamw_state"]
+    for number in (1, 2, 3):
+        updates = run(page[:number])["updates"]
+        with jax.numpy_dtype_promotion("standard"):
+            expected, state = adamw.update(grads, state, params)
+        for name, update in updates.items():
+            assert jnp.abs(update).min() > 2e-5  # At step 3 of the schedule's warmup.
+            assert jnp.allclose(update, expected[name], rtol=0.05)
 
 
 @pytest.mark.slow

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from flax import linen as nn
 from flax import nnx
+from jax.sharding import PartitionSpec
 from measuring.zoo import abstract_params
 
 from came_optax import (
@@ -16,6 +18,7 @@ from came_optax import (
     LastTwoAxes,
     came,
     state_memory,
+    state_sharding,
 )
 
 PARAMS = {
@@ -74,11 +77,29 @@ def test_narrow_momentum_of_large_models(model, mu_dtype, most):
     assert memory.adamw / memory.num_params == pytest.approx(8)
 
 
-def test_flax_parameters():
+@pytest.mark.parametrize("boxes", ["nnx", "linen"])
+def test_names_of_boxed_parameters_are_those_that_rules_see(boxes):
+    """A regular expression that is copied from the table, or from an error, matches."""
     model = nnx.eval_shape(lambda: nnx.Linear(64, 64, rngs=nnx.Rngs(0)))
-    memory = state_memory(came(1e-3), nnx.state(model, nnx.Param))
+    params = nnx.state(model, nnx.Param)
+    if boxes == "linen":
+        params = jax.tree.map(
+            lambda p: nn.Partitioned(p, (None,) * p.ndim), nnx.to_pure_dict(params)
+        )
+    memory = state_memory(came(1e-3), params)
     assert memory.num_params == 64 * 65
     assert set(memory.by_module) == {"kernel", "bias", "(other)"}
+    assert set(memory.by_leaf) == {"kernel", "bias", "(other)"}
+    assert memory.rows == {"kernel": (64,)}
+    rule = ByPath({f"^{name}$": FactoredAxes() for name in memory.rows})
+    assert not state_memory(came(1e-3, factoring=rule), params).rows
+    tx = came(1e-3)
+    integers = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, int), params)
+    for fails in (tx.init, lambda p: tx.update(p, tx.init(params), params)):
+        with pytest.raises(TypeError, match="leaf 'bias' of the"):
+            jax.eval_shape(fails, integers)
+    with pytest.raises(ValueError, match="params_sharding at 'bias' is"):
+        state_sharding(tx, params, PartitionSpec(None, "x", "y"))
 
 
 def test_prints_an_aligned_table():
