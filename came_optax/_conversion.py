@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.tree_util import GetAttrKey
 
 from came_optax import _boxes as boxes
-from came_optax._alignment import Part, Viewer, align, parts
+from came_optax._alignment import Part, align, parts
 from came_optax._arrays import RESIZED, has_axes_of
+from came_optax._carrying import COUNTING, carry, given_hyperparameters
 from came_optax._kept_axes import kept_axes
 from came_optax._leaf_conversion import KINDS, convert
 from came_optax._paths import KeyPath, owner, path_name
-
-# What counts the steps of a learning rate's schedule.
-_COUNTING = (optax.ScaleByScheduleState, optax.InjectStatefulHyperparamsState)
 
 
 def convert_state(
@@ -177,16 +174,14 @@ def _convert(
     shapes, old_kept = kept_axes(old.init, arrays)
     _, new_kept = kept_axes(new.init, arrays)
     boxed = new.init(params)
-    state, fresh = boxes.unbox(state), boxes.unbox(boxed)
+    state, fresh = jax.tree.map(_as_array, boxes.unbox(state)), boxes.unbox(boxed)
     _check_state_of_old(state, shapes, by_path)
-    old_parts, new_parts = (
-        parts(state, old_kept, by_path),
-        parts(fresh, new_kept, by_path),
-    )
+    old_parts = parts(state, old_kept, by_path)
+    new_parts = parts(fresh, new_kept, by_path)
     in_state = dict(jax.tree.leaves_with_path(state))
-    set_in_old = _set_hyperparameters(old, arrays, in_state)
+    given_in_old = given_hyperparameters(old, arrays, in_state)
     carried: dict[KeyPath, Any] = {}
-    used = set(set_in_old)
+    used = set(given_in_old)
     kept: dict[str, str] = {}
     converted: dict[str, str] = {}
     sources_of = align(old_parts, new_parts, by_path, _family)
@@ -196,13 +191,13 @@ def _convert(
         if part.kind in KINDS:
             made = dict(convert(part, sources, by_path))
         else:
-            made = dict(_carry(part, sources, by_path, set_in_old))
+            made = dict(carry(part, sources, by_path, given_in_old))
         origins = list(dict.fromkeys(sources.values()))
         taken = {
             source.path + path
             for source in origins
             for path in source.arrays
-            if path in made or part.kind in (*KINDS, *_COUNTING)
+            if path in made or part.kind in (*KINDS, *COUNTING)
             if (param := owner(path, by_path)[0]) is None
             or sources.get(param) is source
         }
@@ -217,72 +212,29 @@ def _convert(
         anew=_names(new_parts, in_new - set(carried), by_path),
         dropped=_names(old_parts, set(in_state) - used, by_path),
     )
-    new_state: Any = jax.tree.map_with_path(lambda p, x: carried.get(p, x), fresh)
+    placed: set[int] = set()
+
+    def place(path: KeyPath, x: Any) -> Any:
+        x = carried.get(path, x)
+        # A count may go on in several places: one buffer can't be donated twice.
+        x = jnp.copy(x) if id(x) in placed else x
+        placed.add(id(x))
+        return x
+
+    new_state: Any = jax.tree.map_with_path(place, fresh)
     return boxes.box_like(boxed, new_state), report
 
 
-def _set_hyperparameters(
-    tx: optax.GradientTransformation, params: Any, paths: Iterable[KeyPath]
-) -> dict[KeyPath, jax.Array]:
-    """Returns what injected hyperparameters are at first, by their paths."""
-    injected = [path for path in paths if _is_hyperparameter(path)]
-
-    def init(params: Any) -> list[jax.Array]:
-        state = dict(jax.tree.leaves_with_path(boxes.unbox(tx.init(params))))
-        return [state[path] for path in injected]
-
-    values = jax.jit(init)(params) if injected else []
-    return dict(zip(injected, values, strict=True))
-
-
-def _carry(
-    part: Part,
-    sources: Mapping[Viewer, Part],
-    params: Mapping[KeyPath, Any],
-    set_in_old: Mapping[KeyPath, jax.Array],
-) -> Iterator[tuple[KeyPath, Any]]:
-    """Yields the arrays that a part has of the old ones, by their paths in it.
-
-    Hyperparameters that the new optimizer sets otherwise than the old are its own.
-    """
-    first = next(iter(sources.values()))
-    for path, like in part.arrays.items():
-        param, _ = owner(path, params)
-        source = first if param is None else sources.get(param)
-        if source is None:
-            continue
-        if source.kind is part.kind and path in source.arrays:
-            x = source.arrays[path]
-            _check_alike(part.path + path, x, like)
-            if _is_hyperparameter(path):
-                x = jnp.where(set_in_old[source.path + path] == like, x, like)
-            yield path, x if x.dtype == like.dtype else x.astype(like.dtype)
-        elif _is_hyperparameter(path):
-            yield path, like
-        elif part.kind in _COUNTING and path[-1] == GetAttrKey("count"):
-            yield path, source.node.count
+def _as_array(x: Any) -> jax.Array:
+    """Returns an array for a number that was put into a state by hand."""
+    return x if isinstance(x, jax.Array) else jnp.asarray(x)
 
 
 def _family(kind: type) -> Hashable:
     """Returns what parts must have in common to take each other's place."""
     if kind in KINDS:
         return KINDS[kind].family
-    return "schedule" if kind in _COUNTING else kind
-
-
-def _is_hyperparameter(path: KeyPath) -> bool:
-    return GetAttrKey("hyperparams") in path
-
-
-def _check_alike(path: KeyPath, x: Any, like: Any) -> None:
-    """Raises if an array that has no other meaning here can't be another."""
-    kinds = (jnp.inexact, jnp.integer, jnp.bool_)
-    castable = any(all(jnp.issubdtype(a.dtype, k) for a in (x, like)) for k in kinds)
-    if x.shape != like.shape or not (castable or x.dtype == like.dtype):
-        raise ValueError(
-            f"{path_name(path)!r} is {like.dtype} of shape {like.shape} in new, and "
-            f"{x.dtype} of shape {x.shape} in old"
-        )
+    return "schedule" if kind in COUNTING else kind
 
 
 def _some(what: str, names: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from came_optax import _momentum as momentum
 from came_optax._alignment import Part, Viewer
 from came_optax._arrays import real_dtype, wide_dtype
 from came_optax._came import ScaleByCameState
+from came_optax._carrying import cast
 from came_optax._codes import Codes
 from came_optax._confidence import ScaleByConfidenceState
 from came_optax._factored_moment import ScaleByFactoredMomentState
@@ -187,7 +188,7 @@ def convert(
         leaf = {}
         if source.kind is part.kind:  # To the last bit, if it is stored likewise.
             leaf = {
-                name: jax.tree.map(lambda x, y: x.astype(y.dtype), x, like[name])
+                name: jax.tree.map(lambda x, y: cast(x, y.dtype), x, like[name])
                 for name, x in old.items()
                 if old_kept[name] == kept[name] and _alike(x, like[name])
             }

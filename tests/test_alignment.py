@@ -133,6 +133,10 @@ def test_what_both_have_survives_on_a_mesh(kind):
 
         convert = jax.jit(convert) if explicit else convert
         moved = convert(state._replace(inner_state=inner))
+        fresh = jax.jit(new.init)(params).inner_state.inner_opt_state
+        moments = moved.inner_state.inner_opt_state
+        if explicit:
+            assert jax.tree.map(jax.typeof, moments) == jax.tree.map(jax.typeof, fresh)
     assert (moved.notfinite_count, moved.total_notfinite) == (0, 1)
     inner = moved.inner_state
     assert (inner.mini_step, inner.gradient_step) == (2, 1)
@@ -270,6 +274,27 @@ def test_errors(old, new, state_of, message):
     state = (state_of or old).init(params)
     with pytest.raises(ValueError, match=message):
         convert_state(state, params, old=old, new=new)
+
+
+def test_a_moved_state_can_be_donated():
+    """No buffer is in two places. A number that was put in by hand is an array."""
+    old = inject(optax.adamw)(1e-2)
+    parted = optax.partition({"rest": came(SCHEDULE), "hidden": came(SCHEDULE)}, LABELS)
+    state = after(old, 3)
+    state.hyperparams["learning_rate"] = 1e-4
+    moved = convert_state(state, PARAMS, old=old, new=parted)
+    update = jax.jit(parted.update, donate_argnums=1)
+    _, moved = update(PARAMS, moved, PARAMS)
+    counts = (moved.inner_states[x].inner_state[-1].count for x in ("rest", "hidden"))
+    assert list(counts) == [4, 4]
+
+
+def test_a_bare_array_as_parameters():
+    params = PARAMS["kernel"]
+    old, new = optax.adamw(SCHEDULE), steady_came(SCHEDULE, mu_dtype="int8")
+    moved = convert_state(after(old, 3, params), params, old=old, new=new)
+    assert (moved[0].count, moved[-1].count) == (10**7, 3)
+    assert jnp.all(moved[0].mu.values == 127)
 
 
 def test_report():

@@ -327,7 +327,7 @@ def test_averages_and_halves(old, new):
     updates, converted = new.update(params, converted, params)
     assert converted.count == state.count == 4
     for name in params:
-        assert cosine(updates[name], expected[name]) > 0.98, name
+        assert cosine(updates[name], expected[name]) > 0.9, name
         ratio = jnp.linalg.norm(updates[name]) / jnp.linalg.norm(expected[name])
         assert 0.9 < ratio < 1.1, name
 
