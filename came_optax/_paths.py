@@ -1,4 +1,8 @@
-"""Leaves by their paths: what they are called, and whose each array of a state is."""
+"""Leaves by their paths: what they are called, and whose each array of a state is.
+
+To rules, tables and errors alike, paths are those in a tree without boxes: ``kernel``,
+not ``kernel/value``.
+"""
 
 from collections.abc import Container
 from typing import Any, TypeAlias

@@ -49,6 +49,7 @@ def converted(old, new, steps=6, **kwargs):
 inject = optax.inject_hyperparams
 
 
+@pytest.mark.slow(but=2)
 @pytest.mark.parametrize(
     ("old", "new"),
     [
@@ -128,11 +129,11 @@ def test_what_both_have_survives_on_a_mesh(kind):
         gathered["kernel"] = jax.device_put(gathered["kernel"], otherwise)
         inner = state.inner_state._replace(acc_grads=gathered)
 
-        def convert(state):
+        def convert(state, params):
             return convert_state(state, params, old=old, new=new)
 
         convert = jax.jit(convert) if explicit else convert
-        moved = convert(state._replace(inner_state=inner))
+        moved = convert(state._replace(inner_state=inner), params)
         fresh = jax.jit(new.init)(params).inner_state.inner_opt_state
         moments = moved.inner_state.inner_opt_state
         if explicit:
@@ -202,6 +203,7 @@ def test_an_injected_hyperparameter_goes_on_unless_it_is_set_otherwise():
     assert float(moved.hyperparams["b2"]) == pytest.approx(0.999)
 
 
+@pytest.mark.slow(but=2)
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

@@ -297,6 +297,7 @@ def test_back_to_adam():
         )
 
 
+@pytest.mark.slow(but=2)
 @pytest.mark.parametrize(
     ("old", "new"),
     [
