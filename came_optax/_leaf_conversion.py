@@ -64,7 +64,8 @@ def read(p: jax.Array, leaf: Leaf, kept: Leaf) -> Moments:
     m = None
     if "mu" in leaf:
         like = p.astype(wide_dtype(p.dtype))
-        m = momentum.load(leaf["mu"], like, _axes_of_codes(p, kept["mu"]))
+        axes = _axes_of_codes(p, kept["mu"])
+        m = momentum.Storage(like, axes, jnp.int32(0)).load(leaf["mu"])
     return Moments(m, *(_whole(name, p, leaf, kept) for name in ("v", "s")))
 
 
@@ -83,7 +84,8 @@ def write(moments: Moments, to: Target) -> Leaf:
         leaf["v"] = moments.v
     if "mu" in leaf:
         axes = _axes_of_codes(to.p, to.kept["mu"])
-        leaf["mu"] = momentum.store(moments.m, leaf["mu"], axes, to.count)
+        storage = momentum.Storage(moments.m, axes, to.count)
+        leaf["mu"], _ = storage.store(lambda: moments.m, leaf["mu"])
     return leaf
 
 

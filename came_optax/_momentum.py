@@ -146,15 +146,6 @@ class Storage(NamedTuple):
         return momentum, lambda: momentum
 
 
-def store(
-    m: jax.Array, like_stored: Stored, axes: FactoredAxes, count: jax.Array
-) -> Stored:
-    """Returns momentum as an array or codes like those stored before this update."""
-    if isinstance(like_stored, Codes):
-        return _codes.encode(m, (m, m), axes, like_stored.bits, count)
-    return m.astype(like_stored.dtype)
-
-
 def _array_dtype(p: Any, mu_dtype: str) -> Any:
     """Returns the dtype of momentum that isn't stored as codes."""
     is_complex = jnp.issubdtype(p.dtype, jnp.complexfloating)
