@@ -1,211 +1,281 @@
-r"""What does CAME do on a real accelerator: values, times, memory, a pretraining run?
+"""Is it right on this GPU or TPU, and how fast?
 
-Runs on the first device that JAX finds, most important first:
+On the first device that JAX finds, in this order:
 
-    machine   which device it is, and what it can copy and multiply
-    values    every way to store momentum gives what plain code on the CPU gives
-    update    the time of an update beside AdamW, Adafactor, Muon and PyTorch
-    step      GPT-2 small's training step: tokens per second, peak memory
-    largest   the largest model that the compiler promises trains, one larger doesn't
-    pretrain  GPT-2 small on real text: steady_came with int8 momentum beside AdamW
+    copy    what its memory copies at, which bounds every update
+    values  updates and states beside those of the algorithm, as written, on the CPU
+    update  the time of GPT-2 small's update, donated, and what share of a copy's speed
+            it moves memory at
+    step    GPT-2 small's training step in bfloat16
 
-Each job is a process of its own, which is ended when its time is up, and appends each
-measurement to a file of JSON lines: what was measured survives whatever comes next.
-What needs a package that isn't installed is skipped, and says so.
+All goes into one table, a row an optimizer, and one JSON file, both written anew after
+each measurement: whoever interrupts it keeps what was measured. It ends itself after
+`--seconds`. On a CPU sizes are so small that they only try the code.
 
-    python benchmarks/accelerator.py --budget-minutes 8
-    python benchmarks/accelerator.py --parts values update
-    python benchmarks/accelerator.py --resume
+    python benchmarks/accelerator.py --output h100
 
-The exit code is 1 if anything failed. `accelerator_page.py` makes tables and plots of
-the file once it lies in docs/results/accelerator.
+The exit code is 1 if a value is wrong or something failed.
 """
 
 import argparse
-import collections
-import dataclasses
-import functools
-import importlib
+import json
 import os
 import pathlib
-import subprocess
+import signal
+import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 from measuring import output
-from on_accelerator import recorder
+from measuring.examples import devices, gpt2, make_gpt2_task, make_init, make_train_step
+from measuring.optimizers import OPTIMIZERS, OURS, Make, plain
+from measuring.updates import BASELINE, Update, number, random_like
+from measuring.zoo import gpt2_shapes
+
+from came_optax import Stacked
+
+COMPARED: dict[str, Make] = {
+    name: OPTIMIZERS[name] for name in (*OURS, "AdamW", "Adafactor, momentum")
+} | {"Muon": partial(optax.contrib.muon, 1e-3, weight_decay=0.1)}
+IN_A_STEP = ("steady_came, float32", "steady_came, int8", BASELINE)
+ROUNDS, AT_ONCE = 20, 5  # Rounds whose median counts, of so many updates or steps.
+STEPS = 10  # Whose values are compared.
+# Of the standard deviation of a leaf; and of the codes, as what lies halfway between
+# two may round the other way.
+LARGEST_ERROR, MOST_ROUNDED_OTHERWISE = 1e-4, 1e-3
+COLUMNS = (
+    "error",
+    "rounded otherwise",
+    "update (ms)",
+    "to AdamW",
+    "bytes/parameter",
+    "GB/s",
+    "of a copy's",
+    "state (MB)",
+    "temporaries (MB)",
+    "step (ms)",
+    "tokens/s",
+    "step needs (GB)",
+)
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """Something to measure in a process of its own.
+class Measurements:
+    """What was measured so far, on disk too.
 
     Attributes:
-        name: "part" or "part: case".
-        module: Of `on_accelerator`, with a function `run`.
-        seconds: After which the process is ended; the least worth starting it with is
-            a third of that.
-        arguments: For `run`, after the recorder.
-        environment: Variables to set.
+        facts: About the device.
+        rows: By optimizer, of any of `COLUMNS`.
+        failed: What went wrong, in a line each.
     """
 
-    name: str
-    module: str
-    seconds: int
-    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    def __init__(self, folder: pathlib.Path, **facts: Any):
+        self.folder, self.facts = folder, facts
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.failed: list[str] = []
+        folder.mkdir(parents=True, exist_ok=True)
+        self._began = time.monotonic()
 
-    @property
-    def part(self) -> str:
-        """The first word of the name."""
-        return self.name.partition(":")[0]
+    def add(self, optimizer: str, **measured: Any) -> None:
+        """Adds to an optimizer's row, prints it, and writes all."""
+        row = self.rows.setdefault(optimizer, {})
+        row.update(measured)
+        if "update (ms)" in self.rows.get(BASELINE, {}):
+            for other in self.rows.values():
+                if "update (ms)" in other:
+                    base = self.rows[BASELINE]["update (ms)"]
+                    other["to AdamW"] = round(other["update (ms)"] / base, 3)
+        self.write(optimizer, measured)
 
+    def fail(self, what: str, error: object) -> None:
+        """Adds a failure, in a line of bounded length."""
+        self.failed.append(f"{what}: {' '.join(str(error).split())[:300]}")
+        self.write("failed", self.failed[-1])
 
-# PyTorch has the device to itself there, and the other process only makes shapes.
-NO_DEVICE = {"JAX_PLATFORMS": "cpu"}
-# By default JAX takes three quarters of the memory. What it prints when that runs out
-# is many pages.
-ALL_MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    def write(self, *news: object) -> None:
+        """Prints the news, and writes both files."""
+        print(f"[{time.monotonic() - self._began:5.0f} s]", *news, flush=True)
+        rows = [{"optimizer": name} | row for name, row in self.rows.items()]
+        everything = self.facts | {"failed": self.failed, "rows": rows}
+        _replace(self.folder / "accelerator.json", json.dumps(everything, indent=1))
+        _replace(self.folder / "accelerator.md", self.table())
 
-
-def _update(model: str, dtype: str, seconds: int) -> Job:
-    arguments = {"model": model, "param_dtype": dtype}
-    return Job(f"update: {model} {dtype}", "update_times", seconds, arguments)
-
-
-def _torch(model: str, *optimizers: str, seconds: int) -> Job:
-    arguments = {"model": model, "optimizers": optimizers}
-    name = f"update: {model} {', '.join(optimizers)}"
-    return Job(name, "torch_times", seconds, arguments, NO_DEVICE)
-
-
-def _step(optimizer: str, seconds: int) -> Job:
-    name, arguments = f"step: {optimizer}", {"optimizer": optimizer}
-    return Job(name, "training_step", seconds, arguments, ALL_MEMORY)
-
-
-def _largest(optimizer: str, dtype: str, seconds: int) -> Job:
-    arguments = {"optimizer": optimizer, "param_dtype": dtype}
-    name = f"largest: {optimizer} {dtype}"
-    return Job(name, "largest", seconds, arguments, ALL_MEMORY)
-
-
-def _pretrain(*optimizers: str, seconds: int) -> Job:
-    name, arguments = f"pretrain: {', '.join(optimizers)}", {"optimizers": optimizers}
-    return Job(name, "pretraining_run", seconds, arguments, ALL_MEMORY)
-
-
-TORCH = ("PyTorch AdamW (fused)", "PyTorch CAME")
-
-# What comes last is what a short budget leaves out: after one or two jobs of each part
-# come those that complete it.
-JOBS = (
-    Job("machine", "machine", 45),
-    Job("values", "values", 75),
-    _update("gpt2-small", "float32", 90),
-    _torch("gpt2-small", *TORCH, seconds=45),
-    _step("AdamW", 90),
-    _step("steady CAME, int8", 60),
-    _largest("steady CAME, int8", "bfloat16", 90),
-    _pretrain("steady CAME, int8", "AdamW", seconds=270),
-    _largest("AdamW", "float32", 90),
-    _step("steady CAME, float32", 60),
-    _update("bert-large", "bfloat16", 120),
-    _update("gpt2-small", "bfloat16", 90),
-    _update("bert-large", "float32", 120),
-    _torch("bert-large", *TORCH, seconds=45),
-    _largest("AdamW", "bfloat16", 90),
-    _pretrain("NAdamW", "Adafactor", seconds=270),
-    _torch("gpt2-small", "PyTorch CAME, compiled", seconds=120),
-)
-PARTS = tuple(dict.fromkeys(job.part for job in JOBS[1:]))
+    def table(self) -> str:
+        """Returns the device and all rows, in Markdown."""
+        columns = [c for c in COLUMNS if any(c in row for row in self.rows.values())]
+        device = self.facts["device"]
+        lines = [f"{device}; a copy moves {self.facts.get('copy GB/s', '?')} GB/s."]
+        if self.rows:
+            cells = [
+                {device: name} | {c: row.get(c, "") for c in columns}
+                for name, row in self.rows.items()
+            ]
+            lines += ["", output.table(cells)]
+        return "\n".join([*lines, *(f"\nFailed: {line}" for line in self.failed)])
 
 
-def run_in_turn(
-    jobs: Iterable[Job],
-    path: pathlib.Path,
-    size: str,
-    deadline: float,
-    environment: Mapping[str, str],
-) -> None:
-    """Runs each job that there is time for in a process of its own."""
-    for job in jobs:
-        left = deadline - time.monotonic()
-        # What only tries the code may be slow.
-        seconds = left if size == "nano" else min(job.seconds, left)
-        record = recorder.Recorder(path, job.name, size)
-        if seconds < job.seconds / 3:
-            record.write(skipped=f"{max(left, 0):.0f} s are left of the budget")
-            continue
-        print(f"\n{job.name}: at most {seconds:.0f} s of {left:.0f} s", flush=True)
-        command = [
-            *(sys.executable, __file__, "--job", job.name, "--size", size),
-            *("--output", str(path), "--seconds", f"{seconds:.0f}"),
-        ]
-        variables = {**os.environ, **environment, **job.environment}
-        try:
-            done = subprocess.run(command, env=variables, timeout=seconds)
-        except subprocess.TimeoutExpired:
-            record.write(failed=f"ended after {seconds:.0f} s")
-        else:
-            if done.returncode:
-                record.write(failed=f"exit code {done.returncode}")
+def _replace(path: pathlib.Path, text: str) -> None:
+    """Writes a file that is whole whenever the process ends."""
+    new = path.with_suffix(".new")
+    new.write_text(text + "\n", encoding="utf-8")
+    os.replace(new, path)
 
 
-def size_for_this_machine() -> str:
-    """Returns "full" where JAX finds an accelerator, "nano" otherwise."""
-    command = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
-    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return "nano" if found.split()[-1] == "cpu" else "full"
+def seconds_of(call: Callable[[], Any]) -> float:
+    """Returns the median time of a call, of many between two looks at the clock."""
+    call()
+    seconds = []
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        for _ in range(AT_ONCE):
+            done = call()
+        jax.block_until_ready(done)
+        seconds.append((time.perf_counter() - began) / AT_ONCE)
+    return statistics.median(seconds)
 
 
-def check_device(path: pathlib.Path) -> None:
-    """Exits unless all rows of a file are of one device."""
-    names = {row["device"] for row in recorder.read(path) if "device" in row}
-    if len(names) > 1:
-        sys.exit(f"{path}: has rows of {' and '.join(names)}; choose another --output")
+def measure_copy(found: Measurements, size: str) -> None:
+    """Adds the rate, read and written, of negating an array in its place."""
+    x = jnp.ones(2**18 if size == "nano" else 2**28)
+    negate = jax.jit(jnp.negative, donate_argnums=0)
+
+    def copy() -> jax.Array:
+        nonlocal x
+        x = negate(x)
+        return x
+
+    found.facts["copy GB/s"] = round(2e-9 * x.nbytes / seconds_of(copy), 1)
+    found.write("copy", found.facts["copy GB/s"], "GB/s")
 
 
-def run_job(job: Job, record: recorder.Recorder) -> None:
-    """Runs one job in this process."""
-    module = importlib.import_module(f"on_accelerator.{job.module}")
-    module.run(record, **job.arguments)
+def measure_values(found: Measurements, name: str, size: str) -> None:
+    """Adds how far updates and states are from those on the CPU, as it is written.
 
+    Both start each step from the same state, so that a code that rounds the other way
+    in one step does not add to the next.
+    """
+    shapes = {
+        "matrix": (48, 96) if size == "nano" else (768, 3072),
+        "vector": (97,),
+        "stack": (2, 48, 96) if size == "nano" else (4, 512, 1024),
+    }
+    tx = OURS[name](factoring=Stacked(where="stack"))
+    params = {k: np.zeros(shape, np.float32) for k, shape in shapes.items()}
+    cpu, device = jax.devices("cpu")[0], jax.devices()[0]
 
-def summarize(rows: Sequence[Mapping[str, object]]) -> tuple[str, bool]:
-    """Returns a table of what each part did, and whether all of it succeeded."""
-    counts: dict[str, collections.Counter[str]] = {}
-    for row in rows:
-        counts.setdefault(str(row["part"]), collections.Counter())[outcome(row)] += 1
-    names = ("measured", "failed", "skipped")
-    table = output.table(
-        [
-            {"part": part} | {n: count[n] for n in names}
-            for part, count in counts.items()
-        ]
+    def update(*arguments: Any) -> Any:
+        return tx.update(*arguments)
+
+    there = jax.jit(tx.update)
+    # Another function: the first may be traced already.
+    here = jax.jit(update)
+    state = jax.device_put(tx.init(params), cpu)
+    errors, rounded = [], []
+    for grads in gradients(shapes):
+        arguments = (grads, state, params)
+        computed = there(*jax.device_put(arguments, device))
+        with plain():
+            expected = here(*jax.device_put(arguments, cpu))
+        error, otherwise = differences(computed, expected)
+        errors.append(error)
+        rounded.append(otherwise)
+        _, state = expected
+    # Not max(): that passes over NaN.
+    error, otherwise = float(np.max(errors)), float(np.max(rounded))
+    found.add(
+        name,
+        **{"error": float(f"{error:.2g}"), "rounded otherwise": round(otherwise, 6)},
     )
-    return table, not any(count["failed"] for count in counts.values())
+    if not (error <= LARGEST_ERROR and otherwise <= MOST_ROUNDED_OTHERWISE):
+        found.fail(f"values of {name}", f"error {error}, {otherwise} of the codes")
 
 
-def done(rows: Iterable[Mapping[str, Any]], size: str) -> set[str]:
-    """Returns the jobs of a size that came to their end with something measured."""
-    found = set()
-    for row in rows:
-        if row["size"] == size and outcome(row) == "measured":
-            found.add(row["job"])
-        elif row.keys() <= {"part", "job", "size", "at", "failed", "skipped"}:
-            found.discard(row["job"])  # Not one of its cases, but the job.
-    return found
+def gradients(shapes: Mapping[str, tuple[int, ...]]) -> list[dict[str, np.ndarray]]:
+    """Returns gradients whose rows and columns differ in size, so that it matters."""
+    rng = np.random.default_rng(0)
+    sizes = {
+        k: np.exp(rng.standard_normal(s[-1:]) + rng.standard_normal((*s[:-1], 1)))
+        if len(s) > 1
+        else np.exp(rng.standard_normal(s))
+        for k, s in shapes.items()
+    }
+    return [
+        {
+            k: (sizes[k] * rng.standard_normal(s)).astype(np.float32)
+            for k, s in shapes.items()
+        }
+        for _ in range(STEPS)
+    ]
 
 
-def outcome(row: Mapping[str, object]) -> str:
-    """Returns whether a row was measured, failed or was skipped."""
-    if "failed" in row or row.get("passed") is False:
-        return "failed"
-    return "skipped" if "skipped" in row else "measured"
+def differences(found: Any, expected: Any) -> tuple[float, float]:
+    """Returns the largest error in float32, and the share of other numbers that differ.
+
+    The error is in standard deviations of the leaf.
+    """
+    largest, different, count = 0.0, 0, 0
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        if b.dtype == jnp.float32:
+            a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+            scale = b.std() or np.abs(b).max() or 1.0
+            largest = float(np.maximum(largest, np.abs(a - b).max() / scale))
+        else:
+            different += int(np.sum(np.asarray(a) != np.asarray(b)))
+            count += a.size
+    return largest, different / max(count, 1)
+
+
+def measure_update(found: Measurements, name: str, size: str) -> None:
+    """Adds the time of an update of a GPT-2, what it moves and what it takes."""
+    update = Update(COMPARED[name](), random_like(gpt2_shapes(size)))
+    seconds = seconds_of(update.start)
+    state = sum(x.nbytes for x in jax.tree.leaves(update.state))
+    row = {
+        "update (ms)": round(1e3 * seconds, 4),
+        "state (MB)": round(1e-6 * state, 1),
+    }
+    if moved := update.takes["bytes/parameter"]:
+        rate = 1e-9 * moved * number(update.grads) / seconds
+        row |= {"GB/s": round(rate, 1)}
+        row |= {"of a copy's": round(rate / found.facts["copy GB/s"], 3)}
+    found.add(name, **row, **update.takes)
+
+
+def measure_step(found: Measurements, name: str, size: str, batch_size: int) -> None:
+    """Adds the time of a GPT-2's whole training step, and the memory that it needs."""
+    task = make_gpt2_task(size, "float32" if size == "nano" else "bfloat16")
+    mesh, tx = devices.make_mesh({}, [jax.devices()[0]]), OPTIMIZERS[name]()
+    length, vocabulary = task.tokens_per_record, gpt2.SIZES[size].vocab_size
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(vocabulary, size=(batch_size, length + 1), dtype=np.int32)
+    weight = np.ones(batch_size, np.float32)
+    batch = devices.put_batch({"tokens": tokens, "weight": weight}, mesh)
+    state = make_init(task, tx, mesh)(0)
+    train_step = make_train_step(task, tx, 1, 0, mesh).lower(state, batch).compile()
+    sizes: Any = train_step.memory_analysis()
+    # The state is donated: what comes out lies where it lay.
+    needed = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
+
+    def step() -> Any:
+        nonlocal state
+        state, metrics = train_step(state, batch)
+        return metrics["loss"]
+
+    first, seconds, last = float(step()), seconds_of(step), float(step())
+    row = {
+        "step (ms)": round(1e3 * seconds, 3),
+        "tokens/s": round(batch_size * length / seconds),
+        "step needs (GB)": round(1e-9 * needed, 3),
+    }
+    found.add(name, **row)
+    if not last < first:
+        found.fail(f"step of {name}", f"the loss went from {first} to {last}")
 
 
 def main() -> None:
@@ -213,61 +283,41 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--parts",
-        nargs="+",
-        choices=PARTS,
-        default=PARTS,
-        help="to run after `machine`, which always runs (default: all)",
-    )
-    parser.add_argument(
         "--size",
-        choices=recorder.SIZES,
-        help="nano tries the code (default: full, or nano on a CPU)",
+        choices=gpt2.SIZES,
+        help="of GPT-2; nano tries the code (default: small, or nano on a CPU)",
     )
-    parser.add_argument(
-        "--resume", action="store_true", help="leave out jobs that FILE has rows of"
-    )
-    parser.add_argument("--budget-minutes", type=float, default=7.5, metavar="N")
-    parser.add_argument(
-        "--output",
-        type=pathlib.Path,
-        default=output.DEFAULT / "accelerator.jsonl",
-        metavar="FILE",
-        help="of JSON lines, appended to (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--job",
-        choices=[job.name for job in JOBS],
-        metavar="NAME",
-        help="run this job alone and in this process",
-    )
-    parser.add_argument("--seconds", type=float, default=600, help="of that job")
+    parser.add_argument("--batch-size", type=int, default=8, help="of the step")
+    parser.add_argument("--seconds", type=int, default=470, help="to end after")
+    parser.add_argument("--output", type=pathlib.Path, default=output.DEFAULT)
     args = parser.parse_args()
 
-    if args.job:
-        (job,) = [job for job in JOBS if job.name == args.job]
-        run_job(job, recorder.Recorder(args.output, job.name, args.size, args.seconds))
-        return
-    deadline = time.monotonic() + 60 * args.budget_minutes
-    before = len(recorder.read(args.output))
-    size = args.size or size_for_this_machine()
-    with tempfile.TemporaryDirectory() as cache:
-        # What one job tuned and compiled, another need not.
-        shared = {} if size == "nano" else {"JAX_COMPILATION_CACHE_DIR": cache}
-        run = functools.partial(
-            run_in_turn,
-            path=args.output,
-            size=size,
-            deadline=deadline,
-            environment=shared,
-        )
-        run(job for job in JOBS if job.part == "machine")
-        check_device(args.output)
-        before_that = done(recorder.read(args.output), size) if args.resume else set()
-        run(j for j in JOBS if j.part in args.parts and j.name not in before_that)
-    table, succeeded = summarize(recorder.read(args.output)[before:])
-    print(f"\n{table}\n\n{args.output}")
-    sys.exit(0 if succeeded else 1)
+    # Ends the process wherever it is, as a compiler would let no exception through.
+    signal.alarm(args.seconds)
+    device = jax.devices()[0]
+    size = args.size or ("nano" if device.platform == "cpu" else "small")
+    found = Measurements(
+        args.output,
+        device=device.device_kind,
+        model=f"gpt2 {size}",
+        jax=jax.__version__,
+    )
+    measure_copy(found, size)
+    jobs: list[tuple[str, Callable[..., None], str]] = [
+        *(("values", measure_values, name) for name in OURS),
+        *(("update", measure_update, name) for name in COMPARED),
+        *(
+            ("step", partial(measure_step, batch_size=args.batch_size), name)
+            for name in IN_A_STEP
+        ),
+    ]
+    for what, measure, name in jobs:
+        try:
+            measure(found, name, size)
+        except Exception as error:  # What comes next is measured all the same.
+            found.fail(f"{what} of {name}", f"{type(error).__name__}: {error}")
+    print(f"\n{found.table()}\n\n{args.output}")
+    sys.exit(1 if found.failed else 0)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
 import sys
 
-from compiling import topologies
-from pretraining.errors import UserError
+from measuring.examples import UserError, topologies
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "h100": "h100:1"}
 

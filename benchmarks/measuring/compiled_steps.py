@@ -7,19 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
 
-from compiling import ahead_of_time, topologies
-from measuring import chips, updates
-from pretraining.task import Task
-from pretraining.training import devices
+from measuring import chips, optimizers
+from measuring.examples import Target, Task, ahead_of_time, devices
+from measuring.optimizers import in_float32
 
 CHIPS = ("v5e", "v5p", "h100")
-OPTIMIZERS = {k: make for k, make in updates.OPTIMIZERS.items() if k != "Adafactor"}
+# In the paper Adafactor has momentum.
+OPTIMIZERS = {k: make for k, make in optimizers.OPTIMIZERS.items() if k != "Adafactor"}
 
 
-def one_chip(name: str) -> topologies.Target:
+def one_chip(name: str) -> Target:
     """Returns one chip to compile for; call it before anything else uses JAX."""
     effort = "jax_exec_time_optimization_effort"
     if hasattr(jax.config, effort):  # Not in JAX 0.11 any more.
@@ -31,17 +29,15 @@ def one_chip(name: str) -> topologies.Target:
 def compile_step(
     task: Task,
     optimizer: str,
-    target: topologies.Target,
+    target: Target,
 ) -> dict[str, Any]:
     """Returns what the training step of one sequence takes.
 
     Parameters and state are donated. The state is in float32 whatever the parameters
     are, except CAME's momentum.
     """
-    tx, mesh = (
-        in_float32(OPTIMIZERS[optimizer]()),
-        devices.make_mesh({}, target.devices),
-    )
+    tx = in_float32(OPTIMIZERS[optimizer]())
+    mesh = devices.make_mesh({}, target.devices)
     report = ahead_of_time.compile_train_step(task, tx, target, mesh, batch_size=1)
     fits = report.fits
     if target.devices[0].platform == "tpu":
@@ -54,23 +50,6 @@ def compile_step(
         "by kind": dict(report.memory),
         "seconds": round(report.seconds, 1),
     }
-
-
-def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Keeps the state in float32 whatever the parameters are, as CAME does.
-
-    Optax's optimizers have moments in the parameters' dtype; in bfloat16 a second
-    moment with a decay rate of 0.999 hardly moves.
-    """
-
-    def widen(tree: Any) -> Any:
-        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
-
-    def update(updates: Any, state: Any, params: Any = None) -> Any:
-        new, state = tx.update(widen(updates), state, widen(params))
-        return jax.tree.map(lambda u, p: u.astype(p.dtype), new, params), state
-
-    return optax.GradientTransformation(lambda params: tx.init(widen(params)), update)
 
 
 _SEPARATOR = " | "  # Between the parts of a key.

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from measuring import ROOT
-from pretraining.table import format_table
+from measuring.examples import format_table
 
 DEFAULT = ROOT / "benchmarks" / "results"
 

@@ -1,73 +1,19 @@
-"""The optimizers and the parameters that updates are measured with."""
+"""One update of all parameters: jitted, compiled, counted and timed."""
 
-import contextlib
-from collections.abc import Callable, Iterator
-from functools import partial
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
+import tqdm
 
-from came_optax import _schedules as schedules
-from came_optax import came
-from pretraining.models import bert, gpt2
+from measuring.examples import traffic
 
-# Made when called: to compile for GPUs that aren't there, JAX has to be unused before.
-OPTIMIZERS: dict[str, Any] = {
-    "SGD": partial(optax.sgd, 1e-3),
-    "AdamW": partial(optax.adamw, 1e-3, weight_decay=0.1),
-    "Adafactor": partial(optax.adafactor, 1e-3),
-    "Adafactor, momentum": partial(optax.adafactor, 1e-3, momentum=0.9),
-    **{
-        f"CAME, {dtype}": partial(came, 1e-3, weight_decay=0.1, mu_dtype=dtype)
-        for dtype in ("float32", "bfloat16", "int8", "int4")
-    },
-}
-
-
-def gpt2_shapes(size: str = "small") -> Any:
-    """Returns the shapes of a GPT-2's parameters, a leaf for each layer's."""
-    config = gpt2.SIZES[size]
-    return shapes_of(lambda rngs: gpt2.GPT2(config, rngs=rngs))
-
-
-def bert_shapes(size: str = "base") -> Any:
-    """Returns the shapes of a BERT's parameters, a leaf for each layer's."""
-    config = bert.SIZES[size]
-    return shapes_of(lambda rngs: bert.MaskedLM(config, rngs=rngs))
-
-
-def shapes_of(make_model: Callable[[nnx.Rngs], nnx.Module]) -> Any:
-    """Returns the shapes of a model's parameters."""
-    model = nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
-
-
-def small_shapes(leaves: int = 1000) -> Any:
-    """Returns the shapes of many small matrices and vectors in turn."""
-    shapes = [(32, 32), (32,)]
-    return [
-        jax.ShapeDtypeStruct(shapes[i % len(shapes)], jnp.float32)
-        for i in range(leaves)
-    ]
-
-
-def random_like(shapes: Any, dtype: Any = jnp.float32) -> Any:
-    """Returns arrays of such shapes, normal and the same in each run."""
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda p: jnp.asarray(rng.standard_normal(p.shape, np.float32), dtype), shapes
-    )
-
-
-def number(params: Any) -> int:
-    """Returns how many parameters there are."""
-    return sum(p.size for p in jax.tree.leaves(params))
+BASELINE = "AdamW"
+WARMUP = 2  # Rounds that don't count.
 
 
 def make_update(tx: optax.GradientTransformation) -> Any:
@@ -80,8 +26,98 @@ def make_update(tx: optax.GradientTransformation) -> Any:
     return jax.jit(update, donate_argnums=(0, 1))
 
 
-@contextlib.contextmanager
-def plain() -> Iterator[None]:
-    """What is traced within computes CAME as it is written, on every platform."""
-    with mock.patch.dict(schedules.BY_PLATFORM, clear=True):
-        yield
+def number(params: Any) -> int:
+    """Returns how many parameters there are."""
+    return sum(p.size for p in jax.tree.leaves(params))
+
+
+def random_like(shapes: Any) -> Any:
+    """Returns arrays of such shapes, normal and the same in each run."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda p: jnp.asarray(rng.standard_normal(p.shape, np.float32), p.dtype), shapes
+    )
+
+
+def count(
+    tx: optax.GradientTransformation, params: Any, device: jax.Device
+) -> dict[str, Any]:
+    """Compiles one update of ``params`` for a device and returns what it takes."""
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        (params, jax.eval_shape(tx.init, params), params),
+    )
+    _, takes = compile_update(tx, *arguments)
+    return takes
+
+
+def compile_update(
+    tx: optax.GradientTransformation, params: Any, state: Any, grads: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Returns a compiled update, and what it takes."""
+    jax.clear_caches()  # What another one traced would be found again.
+    began = time.process_time()
+    lowered = make_update(tx).lower(params, state, grads)
+    traced = time.process_time()
+    compiled = lowered.compile()
+    seconds = time.process_time() - traced
+    try:
+        found = traffic(compiled.as_text())
+        moved: dict[str, Any] = {
+            "bytes/parameter": round(found.hbm_bytes / number(params), 2),
+            "kernels": found.kernels,
+        }
+    except ValueError:  # It loops, as Muon's does.
+        moved = {"bytes/parameter": "", "kernels": ""}
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    return compiled, moved | {
+        "temporaries (MB)": round(temporaries / 1e6, 1),
+        "traced in (CPU s)": round(traced - began, 1),
+        "compiled in (CPU s)": round(seconds, 1),
+    }
+
+
+class Update:
+    """Updates of random parameters, one a call.
+
+    Attributes:
+        state: The optimizer's.
+        takes: What `compile_update` says.
+    """
+
+    def __init__(self, tx: optax.GradientTransformation, grads: Any):
+        # Not the gradients themselves: they would be donated.
+        self.params = jax.tree.map(jnp.copy, grads)
+        self.state = jax.jit(tx.init)(self.params)
+        self.grads = grads
+        self._update, self.takes = compile_update(tx, self.params, self.state, grads)
+
+    def start(self) -> Any:
+        """Starts an update, and returns what will be ready when it is done."""
+        self.params, self.state = self._update(self.params, self.state, self.grads)
+        return self.params, self.state
+
+    def __call__(self) -> None:
+        """Makes one update."""
+        jax.block_until_ready(self.start())
+
+
+def time_in_turn(
+    contestants: Mapping[str, Callable[[], None]], rounds: int
+) -> dict[str, list[float]]:
+    """Returns the seconds that each contestant takes in each round."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in tqdm.trange(WARMUP + rounds, unit="round", disable=None):
+        for name, contestant in contestants.items():
+            began = time.perf_counter()
+            contestant()
+            if turn >= WARMUP:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def ratios(seconds: Mapping[str, list[float]], name: str) -> list[float]:
+    """Returns what a contestant took of the baseline's time, round by round."""
+    pairs = zip(seconds[name], seconds[BASELINE], strict=True)
+    return [mine / baseline for mine, baseline in pairs]

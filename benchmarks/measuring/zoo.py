@@ -1,4 +1,7 @@
-"""Shapes of well-known models' parameters; kernels are (in, out) matrices."""
+"""Shapes of models' parameters, well-known ones among them.
+
+Kernels of the decoders that the examples don't have are (in, out) matrices.
+"""
 
 import dataclasses
 import functools
@@ -7,9 +10,37 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
-from measuring.updates import bert_shapes, gpt2_shapes, shapes_of
-from pretraining.models import t5
+from measuring.examples import bert, gpt2, t5
+
+
+def gpt2_shapes(size: str = "small") -> Any:
+    """Returns the shapes of a GPT-2's parameters, a leaf for each layer's."""
+    config = gpt2.SIZES[size]
+    return shapes_of(lambda rngs: gpt2.GPT2(config, rngs=rngs))
+
+
+def bert_shapes(size: str = "base") -> Any:
+    """Returns the shapes of a BERT's parameters, a leaf for each layer's."""
+    config = bert.SIZES[size]
+    return shapes_of(lambda rngs: bert.MaskedLM(config, rngs=rngs))
+
+
+def shapes_of(make_model: Callable[[nnx.Rngs], nnx.Module]) -> Any:
+    """Returns the shapes of a model's parameters."""
+    model = nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
+
+
+def small_shapes(leaves: int = 1000) -> Any:
+    """Returns the shapes of many small matrices and vectors in turn."""
+    shapes = [(32, 32), (32,)]
+    return [
+        jax.ShapeDtypeStruct(shapes[i % len(shapes)], jnp.float32)
+        for i in range(leaves)
+    ]
 
 
 def _t5(heads: int, inner: int) -> Any:

@@ -1,0 +1,55 @@
+"""The optimizers of the tables: what is recommended first, then all else."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from came_optax import _schedules as schedules
+from came_optax import came, steady_came
+
+Make = Callable[..., optax.GradientTransformation]
+
+# Made when called: to compile for GPUs that aren't there, JAX has to be unused before.
+OURS: Mapping[str, Make] = {
+    f"steady_came, {dtype}": partial(
+        steady_came, 1e-3, weight_decay=0.1, mu_dtype=dtype
+    )
+    for dtype in ("float32", "bfloat16", "int8", "int4")
+} | {"came, float32": partial(came, 1e-3, weight_decay=0.1)}
+OPTIMIZERS: Mapping[str, Make] = {
+    **OURS,
+    "AdamW": partial(optax.adamw, 1e-3, weight_decay=0.1),
+    "Adafactor, momentum": partial(optax.adafactor, 1e-3, momentum=0.9),
+    "Adafactor": partial(optax.adafactor, 1e-3),
+    "SGD": partial(optax.sgd, 1e-3),
+}
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """What is traced within computes CAME as it is written, on every platform."""
+    with mock.patch.dict(schedules.BY_PLATFORM, clear=True):
+        yield
+
+
+def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Keeps the state in float32 whatever the parameters are, as CAME does.
+
+    Optax's optimizers have moments in the parameters' dtype; in bfloat16 a second
+    moment with a decay rate of 0.999 hardly moves.
+    """
+
+    def widen(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        new, state = tx.update(widen(updates), state, widen(params))
+        return jax.tree.map(lambda u, p: u.astype(p.dtype), new, params), state
+
+    return optax.GradientTransformation(lambda params: tx.init(widen(params)), update)
