@@ -11,42 +11,17 @@ CUDA plugin. One chip a run:
 import argparse
 import pathlib
 import sys
-import time
-from typing import Any
 
 import jax
-import optax
 import tqdm
-from measuring import output, updates
+from measuring import output
 from measuring.chips import CHIPS, target
-
-from compiling.traffic import traffic
-from pretraining.models import gpt2
+from measuring.examples import gpt2
+from measuring.optimizers import OPTIMIZERS
+from measuring.updates import count, number
+from measuring.zoo import gpt2_shapes
 
 EXACT = {"SGD": 12.0, "AdamW": 28.0}  # Bytes per parameter.
-
-
-def measure(
-    tx: optax.GradientTransformation, params: Any, device: jax.Device
-) -> dict[str, Any]:
-    """Compiles one update of ``params`` for a device and returns what it takes."""
-    sharding = jax.sharding.SingleDeviceSharding(device)
-    arguments = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        (params, jax.eval_shape(tx.init, params), params),
-    )
-    lowered = updates.make_update(tx).lower(*arguments)
-    began = time.process_time()
-    compiled = lowered.compile()
-    seconds = time.process_time() - began
-    found = traffic(compiled.as_text())
-    temporaries = compiled.memory_analysis().temp_size_in_bytes
-    return {
-        "bytes/parameter": round(found.hbm_bytes / updates.number(params), 2),
-        "kernels": found.kernels,
-        "temporaries (MB)": round(temporaries / 1e6, 1),
-        "compiled in (CPU s)": round(seconds, 1),
-    }
 
 
 def main() -> None:
@@ -54,15 +29,15 @@ def main() -> None:
     parser.add_argument("--chip", choices=CHIPS, default="v5e")
     parser.add_argument("--size", choices=gpt2.SIZES, default="small")
     parser.add_argument(
-        "--optimizers", nargs="+", default=list(updates.OPTIMIZERS), metavar="NAME"
+        "--optimizers", nargs="+", default=list(OPTIMIZERS), metavar="NAME"
     )
     parser.add_argument("--output", type=pathlib.Path, default=output.DEFAULT)
     args = parser.parse_args()
 
     device = target(args.chip).devices[0]
-    params = updates.gpt2_shapes(args.size)
+    params = gpt2_shapes(args.size)
     rows = [
-        {args.chip: name} | measure(updates.OPTIMIZERS[name](), params, device)
+        {args.chip: name} | count(OPTIMIZERS[name](), params, device)
         for name in tqdm.tqdm(args.optimizers, unit="optimizer")
     ]
     output.write(
@@ -70,7 +45,7 @@ def main() -> None:
         f"compiled_traffic_{args.chip}",
         rows,
         model=f"gpt2 {args.size}",
-        parameters=updates.number(params),
+        parameters=number(params),
         largest_leaf_bytes=max(4 * p.size for p in jax.tree.leaves(params)),
         jax=jax.__version__,
     )

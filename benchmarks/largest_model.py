@@ -12,6 +12,7 @@ CUDA plugin. One chip a run:
 import argparse
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,13 +24,10 @@ from flax import nnx
 from matplotlib.figure import Figure
 from measuring import ROOT, output
 from measuring.compiled_steps import CHIPS, OPTIMIZERS, Results, compile_step, one_chip
-from measuring.updates import gpt2_shapes
+from measuring.examples import Target, Task, blank, gpt2, with_param_dtype
+from measuring.zoo import gpt2_shapes
 
 from came_optax import state_memory
-from compiling.topologies import Target
-from pretraining.data.pipeline import blank
-from pretraining.models import gpt2
-from pretraining.task import Task, with_param_dtype
 
 FOLDER = ROOT / "docs" / "results" / "memory"
 PARAM_DTYPES = ("float32", "bfloat16")
@@ -189,18 +187,19 @@ def main() -> None:
         "--param-dtypes", nargs="+", choices=PARAM_DTYPES, default=PARAM_DTYPES
     )
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS))
+    parser.add_argument("--output", type=pathlib.Path, default=FOLDER)
     args = parser.parse_args()
 
-    target, results = one_chip(args.chip), Results(FOLDER / "largest.json")
+    target, results = one_chip(args.chip), Results(args.output / "largest.json")
     for dtype in args.param_dtypes:
         for name in args.optimizers:
             find_largest(results, args.chip, name, dtype, target)
     found = found_largest(results)
     text = make_table(found)
     print(text)
-    (FOLDER / "largest.md").write_text(text + "\n", encoding="utf-8")
+    (args.output / "largest.md").write_text(text + "\n", encoding="utf-8")
     matplotlib.use("Agg")
-    draw(found).savefig(FOLDER / "largest.png", dpi=150)
+    draw(found).savefig(args.output / "largest.png", dpi=150)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What do the optimizers' states take for well-known models?
 
     python benchmarks/model_states.py                   # All of them, a table.
-    python benchmarks/model_states.py --model llama-8b --optimizer came-int8
+    python benchmarks/model_states.py --model llama-8b --optimizer steady-came-int8
 
 Nothing is allocated: a model here is the shapes of its parameters.
 """
@@ -14,38 +14,39 @@ from functools import partial
 
 import jax
 import optax
+from measuring.examples import format_table
 from measuring.zoo import MODELS, abstract_params
 
-from came_optax import came, state_memory
-from pretraining.table import format_table
+from came_optax import state_memory, steady_came
 
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    # A state of `came` takes the same.
+    "steady-came": partial(steady_came, 1e-3),
+    "steady-came-bfloat16": partial(steady_came, 1e-3, mu_dtype="bfloat16"),
+    "steady-came-int8": partial(steady_came, 1e-3, mu_dtype="int8"),
+    "steady-came-int4": partial(steady_came, 1e-3, mu_dtype="int4"),
     "adamw": partial(optax.adamw, 1e-3),
     "adafactor": partial(optax.adafactor, 1e-3, momentum=0.9),
     "adafactor-no-momentum": partial(optax.adafactor, 1e-3),
-    "came": partial(came, 1e-3),
-    "came-bfloat16": partial(came, 1e-3, mu_dtype="bfloat16"),
-    "came-int8": partial(came, 1e-3, mu_dtype="int8"),
-    "came-int4": partial(came, 1e-3, mu_dtype="int4"),
 }
 
 
 _COLUMNS = {
+    "steady_came": ("steady-came", "bfloat16"),
+    "bfloat16": ("steady-came-bfloat16", "bfloat16"),
+    "int8": ("steady-came-int8", "bfloat16"),
+    "int4": ("steady-came-int4", "bfloat16"),
     "AdamW, float32 parameters": ("adamw", "float32"),
     "AdamW, bfloat16 parameters": ("adamw", "bfloat16"),
-    "Adafactor": ("adafactor-no-momentum", "bfloat16"),
     "Adafactor, momentum": ("adafactor", "bfloat16"),
-    "CAME": ("came", "bfloat16"),
-    "CAME, bfloat16": ("came-bfloat16", "bfloat16"),
-    "CAME, int8": ("came-int8", "bfloat16"),
-    "CAME, int4": ("came-int4", "bfloat16"),
+    "Adafactor": ("adafactor-no-momentum", "bfloat16"),
 }
 
 
 def table(models: Iterable[str] = MODELS) -> str:
     """Returns a Markdown table of the states' bytes.
 
-    CAME's are the same for parameters of both dtypes.
+    Those of `steady_came` are the same for parameters of both dtypes.
     """
     rows = [["state (10⁹ bytes)", "parameters (10⁹)", *_COLUMNS]]
     for model in models:
@@ -74,7 +75,7 @@ def state_bytes(model: str, optimizer: str, dtype: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, help="default: a table of all")
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="came")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="steady-came")
     parser.add_argument(
         "--param-dtype", choices=["float32", "bfloat16"], default="float32"
     )

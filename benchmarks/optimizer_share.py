@@ -17,31 +17,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from measuring import output, updates
+from measuring import output
 from measuring.chips import CHIPS, target
-from update import time_in_turn
+from measuring.examples import (
+    devices,
+    make_gpt2_task,
+    make_init,
+    make_train_step,
+    state_shapes,
+    traffic,
+)
+from measuring.optimizers import OPTIMIZERS
+from measuring.updates import make_update, time_in_turn
 
-import pretrain_gpt2
-from compiling.traffic import traffic
-from pretraining.task import Task
-from pretraining.training import devices
-from pretraining.training.step import make_init, make_train_step, state_shapes
-
-OPTIMIZERS = ("AdamW", "CAME, float32", "CAME, int8")
-
-
-def make_task(size: str, dtype: Any) -> Task:
-    """Returns the examples' language modelling, without data."""
-    model = pretrain_gpt2.ModelOptions(size=size)
-    task, _ = pretrain_gpt2.without_text(model, dtype=dtype)
-    return task
+NAMES = ("steady_came, float32", "steady_came, int8", "came, float32", "AdamW")
 
 
 def lower(
     tx: optax.GradientTransformation, batch_size: int, device: jax.Device
 ) -> list[Any]:
     """Lowers the update of a GPT-2 small, and its whole training step, for a device."""
-    task, mesh = make_task("small", jnp.bfloat16), devices.make_mesh({}, [device])
+    task, mesh = make_gpt2_task("small", "bfloat16"), devices.make_mesh({}, [device])
     state = state_shapes(task, tx, mesh)
     sharding = jax.sharding.NamedSharding(mesh, devices.BATCH)
     tokens = (batch_size, task.tokens_per_record + 1)
@@ -50,7 +46,7 @@ def lower(
         "weight": jax.ShapeDtypeStruct(tokens[:1], jnp.float32, sharding=sharding),
     }
     return [
-        updates.make_update(tx).lower(state.params, state.opt_state, state.params),
+        make_update(tx).lower(state.params, state.opt_state, state.params),
         make_train_step(task, tx, 1, 0, mesh).lower(state, batch),
     ]
 
@@ -71,10 +67,10 @@ def compiled_share(
 
 
 def timed_share(
-    tx: optax.GradientTransformation, batch_size: int, rounds: int
+    tx: optax.GradientTransformation, size: str, batch_size: int, rounds: int
 ) -> dict[str, Any]:
-    """Compares the times of a GPT-2 tiny's update and of its step on this machine."""
-    task, mesh = make_task("tiny", jnp.float32), devices.make_mesh()
+    """Compares the times of a GPT-2's update and of its step on this machine."""
+    task, mesh = make_gpt2_task(size, "float32"), devices.make_mesh()
     tokens = jnp.zeros((batch_size, task.tokens_per_record + 1), jnp.int32)
     batch = {"tokens": tokens, "weight": jnp.ones(batch_size)}
     train_step = make_train_step(task, tx, 1, 0, mesh)
@@ -82,7 +78,7 @@ def timed_share(
     params, opt_state, grads = jax.tree.map(
         jnp.copy, (state.params, state.opt_state, state.params)
     )
-    update_alone = updates.make_update(tx)
+    update_alone = make_update(tx)
 
     def step() -> None:
         nonlocal state
@@ -103,16 +99,18 @@ def timed_share(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chip", choices=["cpu", *CHIPS], default="cpu")
+    parser.add_argument("--size", default="tiny", help="on CPU (default: tiny)")
     parser.add_argument("--batch-size", type=int, help="default: 32 on CPU, or 4")
     parser.add_argument("--rounds", type=int, default=20, help="on CPU")
     parser.add_argument("--output", type=pathlib.Path, default=output.DEFAULT)
     args = parser.parse_args()
 
     rows = []
-    for name in OPTIMIZERS:
-        make = updates.OPTIMIZERS[name]
+    for name in NAMES:
+        make = OPTIMIZERS[name]
         if args.chip == "cpu":
-            share = timed_share(make(), args.batch_size or 32, args.rounds)
+            batch_size = args.batch_size or 32
+            share = timed_share(make(), args.size, batch_size, args.rounds)
         else:
             device = target(args.chip).devices[0]
             share = compiled_share(make(), args.batch_size or 4, device)

@@ -9,7 +9,7 @@ slices of 64 to 512 chips, and finds the smallest on which the step compiles.
     pip install "came-optax[examples,tpu]"
     python benchmarks/scale_plan.py
 
-takes about a minute of a CPU for each of some 40 cases. Results are kept in
+takes about a minute of a CPU for each of some 60 cases. Results are kept in
 docs/results/scale-plan, so that it goes on where it stopped; delete them to start anew.
 """
 
@@ -17,7 +17,7 @@ import argparse
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,15 +28,18 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from measuring import ROOT, output
+from measuring.examples import (
+    GIB,
+    TrainState,
+    ahead_of_time,
+    devices,
+    gpt2,
+    make_gather,
+    param_shardings,
+    topologies,
+)
 
-from came_optax import LastTwoAxes, Stacked, came, state_sharding
-from compiling import topologies
-from compiling.ahead_of_time import bytes_per_chip, compile_step
-from compiling.topologies import GIB
-from pretraining.models.gpt2 import GPT2, Block, GPT2Config
-from pretraining.training import devices
-from pretraining.training.sharding import make_gather, param_shardings
-from pretraining.training.step import TrainState
+from came_optax import LastTwoAxes, Stacked, came, state_sharding, steady_came
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -45,9 +48,14 @@ RESULTS = ROOT / "docs" / "results" / "scale-plan"
 LENGTH = 2048
 LAYERS_AND_WIDTH = {"7B": (33, 4096), "70B": (86, 8192)}
 FACTORING = Stacked(LastTwoAxes(), where="^layers/")
-OPTIMIZERS = {"AdamW": optax.adamw(1e-4, weight_decay=0.1)} | {
-    f"CAME, {dtype}": came(1e-4, weight_decay=0.1, factoring=FACTORING, mu_dtype=dtype)
-    for dtype in ("float32", "bfloat16", "int8")
+OPTIMIZERS: Mapping[str, optax.GradientTransformation] = {
+    f"steady_came, {dtype}": steady_came(
+        1e-4, weight_decay=0.1, factoring=FACTORING, mu_dtype=dtype
+    )
+    for dtype in ("float32", "bfloat16", "int8", "int4")
+} | {
+    "came, float32": came(1e-4, weight_decay=0.1, factoring=FACTORING),
+    "AdamW": optax.adamw(1e-4, weight_decay=0.1),
 }
 TOPOLOGIES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 SLICES = {math.prod(map(int, t.split("x"))): t for t in TOPOLOGIES}  # By chips.
@@ -59,12 +67,12 @@ class Decoder(nnx.Module):
 
     def __init__(self, layers: int, width: int, *, rngs: nnx.Rngs):
         # Heads of 128, and GPT-2's vocabulary made a multiple of 128.
-        config = GPT2Config(
+        config = gpt2.GPT2Config(
             50304, LENGTH, width, layers, width // 128, dtype="bfloat16"
         )
         self.wte = nnx.Embed(50304, width, dtype=jnp.bfloat16, rngs=rngs)
         self.wpe = nnx.Embed(LENGTH, width, dtype=jnp.bfloat16, rngs=rngs)
-        stack = nnx.vmap(lambda rngs: Block(config, rngs=rngs))
+        stack = nnx.vmap(lambda rngs: gpt2.Block(config, rngs=rngs))
         self.layers = nnx.split_rngs(splits=layers)(stack)(rngs)
         self.ln_f = nnx.LayerNorm(width, dtype=jnp.bfloat16, rngs=rngs)
 
@@ -89,7 +97,7 @@ def make_step(
     graphdef, params = nnx.split(
         nnx.eval_shape(lambda: Decoder(layers, width, rngs=nnx.Rngs(0)))
     )
-    of_params = param_shardings(mesh, params, GPT2.tensor_axes)
+    of_params = param_shardings(mesh, params, gpt2.GPT2.tensor_axes)
     shardings = TrainState(
         devices.replicated(mesh), of_params, state_sharding(tx, params, of_params)
     )
@@ -131,7 +139,10 @@ def measure(model: str, optimizer: str, chips: int) -> dict[str, Any]:
     target = topologies.tpu(f"v5p:{SLICES[chips]}")
     mesh = devices.make_mesh({"fsdp": chips}, target.devices)
     step, state = make_step(model, OPTIMIZERS[optimizer], mesh)
-    of_params, of_state = bytes_per_chip(state.params), bytes_per_chip(state.opt_state)
+    of_params, of_state = (
+        ahead_of_time.bytes_per_chip(state.params),
+        ahead_of_time.bytes_per_chip(state.opt_state),
+    )
     total = 2 * of_params + of_state
     fits = compiled = total <= target.hbm
     if compiled:
@@ -140,10 +151,10 @@ def measure(model: str, optimizer: str, chips: int) -> dict[str, Any]:
         )
         # A fifth of the time to compile, for somewhat more of temporaries.
         jax.config.update("jax_exec_time_optimization_effort", -1.0)
-        report = compile_step(step, state, tokens, target)
+        report = ahead_of_time.compile_step(step, state, tokens, target)
         if not report.fits:
             jax.config.update("jax_exec_time_optimization_effort", 0.0)  # The default.
-            report = compile_step(step, state, tokens, target)
+            report = ahead_of_time.compile_step(step, state, tokens, target)
         total, fits = report.total, report.fits
     return {
         "parameters": sum(p.size for p in jax.tree.leaves(state.params)),

@@ -5,8 +5,11 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 import pytest
-from compiled_traffic import EXACT, measure
-from measuring.updates import OPTIMIZERS, gpt2_shapes
+from compiled_traffic import EXACT
+from measuring.examples import topologies
+from measuring.optimizers import OPTIMIZERS
+from measuring.updates import count
+from measuring.zoo import gpt2_shapes
 
 pytestmark = pytest.mark.tpu
 
@@ -15,9 +18,7 @@ pytestmark = pytest.mark.tpu
 def v5e():
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed; it comes with the `tpu` extra")
-    from compiling.topologies import target
-
-    return target("v5e:2x2").devices[0]
+    return topologies.target("v5e:2x2").devices[0]
 
 
 def layers(number):
@@ -36,7 +37,7 @@ def embedding(vocabulary=50304):
 
 def measured(name, params, device):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        return measure(OPTIMIZERS[name](), params, device)
+        return count(OPTIMIZERS[name](), params, device)
 
 
 @pytest.mark.parametrize("name", EXACT)

@@ -66,7 +66,7 @@ def test_the_table_counts_whole_states(optimizer):
     for dtype in ("float32", "bfloat16"):
         whole = state_memory(OPTIMIZERS[optimizer](), abstract_params("gpt2", dtype))
         assert state_bytes("gpt2", optimizer, dtype) == whole.total
-    if optimizer.startswith("came"):  # One column for both.
+    if optimizer.startswith("steady-came"):  # One column for both.
         assert whole.total == state_bytes("gpt2", optimizer, "float32")
 
 
@@ -77,7 +77,7 @@ def test_the_command():
         text=True,
         check=True,
     )
-    expected = state_memory(OPTIMIZERS["came"](), abstract_params("gpt2"))
+    expected = state_memory(OPTIMIZERS["steady-came"](), abstract_params("gpt2"))
     assert done.stdout == f"{expected}\n"
     wrong = subprocess.run(
         [sys.executable, SCRIPT, "--model=gpt5"],

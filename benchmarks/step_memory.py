@@ -1,15 +1,16 @@
-"""What do the optimizers' states take, and whole training steps with them?
+"""What memory does a whole training step of the paper's models take, by optimizer?
 
-Counts the states, and compiles the examples' training steps (one sequence, parameters
-and state donated) for a chip that need not be there. Compiled before is not compiled
-again: delete lines of docs/results/memory/steps.json to do so. TPUs need the `tpu`
-extra, the H100 JAX's CUDA plugin. One chip a run:
+Compiles the examples' training steps (one sequence, parameters and state donated) for a
+chip that need not be there. Compiled before is not compiled again: delete lines of
+docs/results/memory/steps.json to do so. TPUs need the `tpu` extra, the H100 JAX's CUDA
+plugin. One chip a run:
 
-    python benchmarks/memory.py --chip v5e
+    python benchmarks/step_memory.py --chip v5e
 """
 
 import argparse
 import functools
+import pathlib
 from typing import Any
 
 import matplotlib
@@ -17,38 +18,16 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from measuring import ROOT, output
 from measuring.compiled_steps import CHIPS, OPTIMIZERS, Results, compile_step, one_chip
-from measuring.zoo import abstract_params
-
-from came_optax import state_memory
-from compile_for import make_task
-from compiling.topologies import GIB
+from measuring.examples import GIB, make_task
 
 FOLDER = ROOT / "docs" / "results" / "memory"
-STATES = ("bert-large", "bert-4b", "gpt2-medium")
 STEPS = {"bert-large": ("bert", "large"), "gpt2-medium": ("gpt2", "medium")}
-# Luo et al., 2023, as printed: GB of BERT-4B's states; GB of BERT-Large on a GPU, the
-# batch not given; GiB of GPT-2 medium at batch 1.
-PAPER_STATES = {"AdamW": 30.6, "Adafactor, momentum": 15.9, "CAME, float32": 16.3}
+# Luo et al., 2023, as printed, on a GPU: GB of BERT-Large, the batch not given; GiB of
+# GPT-2 medium at batch 1.
 PAPER_STEPS = {
-    "bert-large": {"AdamW": 8.24, "Adafactor, momentum": 7.00, "CAME, float32": 7.07},
-    "gpt2-medium": {"AdamW": 8.77, "CAME, float32": 7.44},
+    "bert-large": {"AdamW": 8.24, "Adafactor, momentum": 7.00, "came, float32": 7.07},
+    "gpt2-medium": {"AdamW": 8.77, "came, float32": 7.44},
 }
-
-
-def state_table() -> str:
-    shapes = {model: abstract_params(model) for model in STATES}
-    return output.table(
-        [
-            {"state (GB)": name}
-            | {
-                model: f"{state_memory(make(), params).total / 1e9:.3f}"
-                for model, params in shapes.items()
-            }
-            | {"bert-4b, paper": PAPER_STATES.get(name, "")}
-            for name, make in OPTIMIZERS.items()
-            if name != "SGD"
-        ]
-    )
 
 
 def step_table(results: Results) -> str:
@@ -109,19 +88,20 @@ def main() -> None:
     parser.add_argument("--chip", choices=CHIPS, default="v5e")
     parser.add_argument("--models", nargs="+", choices=STEPS, default=STEPS)
     parser.add_argument("--optimizers", nargs="+", default=OPTIMIZERS)
+    parser.add_argument("--output", type=pathlib.Path, default=FOLDER)
     args = parser.parse_args()
 
-    target, results = one_chip(args.chip), Results(FOLDER / "steps.json")
+    target, results = one_chip(args.chip), Results(args.output / "steps.json")
     for model in args.models:
         task = make_task(*STEPS[model])
         for name in args.optimizers:
             make = functools.partial(compile_step, task, name, target)
             results.get(args.chip, model, name, make=make)
-    for name, text in {"state": state_table(), "steps": step_table(results)}.items():
-        print(f"\n{text}")
-        (FOLDER / f"{name}.md").write_text(text + "\n", encoding="utf-8")
+    text = step_table(results)
+    print(f"\n{text}")
+    (args.output / "steps.md").write_text(text + "\n", encoding="utf-8")
     matplotlib.use("Agg")
-    draw(results).savefig(FOLDER / "steps.png", dpi=150)
+    draw(results).savefig(args.output / "steps.png", dpi=150)
 
 
 if __name__ == "__main__":
