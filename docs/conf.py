@@ -2,15 +2,10 @@
 
 import pathlib
 import re
-import sys
 
 from sphinx.errors import ExtensionError
 
 import came_optax
-
-HERE = pathlib.Path(__file__).parent
-sys.path.insert(0, str(HERE / "_ext"))
-import links  # noqa: E402
 
 project = "came-optax"
 author = "The came-optax authors"
@@ -21,14 +16,12 @@ extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
-    "sphinx.ext.intersphinx",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx-mathjax-offline",  # MathJax as a part of the site, not of a CDN's.
     "sphinx_copybutton",
-    "links",  # These two stand in _ext.
-    "pages",
+    "sphinxext.opengraph",
 ]
 exclude_patterns = ["_build", "results"]
 templates_path = ["_templates"]
@@ -37,11 +30,6 @@ myst_heading_anchors = 2
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600  # seconds
-
-# Made here from a list, so that no build needs a network.
-intersphinx_mapping = links.mapping(
-    HERE / "inventories.txt", HERE / "_build" / "inventories"
-)
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
@@ -58,9 +46,11 @@ html_css_files = ["site.css"]
 html_favicon = "_static/favicon.svg"
 html_theme_options = {"navbar_persistent": [], "show_navbar_depth": 1}
 
+ogp_social_cards = {"enable": False}  # A picture of text a page.
+
 copybutton_exclude = ".linenos, .gp, .go"
 
-_api = (HERE / "api.md").read_text(encoding="utf-8")
+_api = pathlib.Path(__file__).with_name("api.md").read_text(encoding="utf-8")
 _listed = set(re.findall(r"^   (\w+)$", _api, flags=re.M))
 if missing := set(came_optax.__all__) - {"__version__"} - _listed:
     raise ExtensionError(f"api.md lacks {', '.join(sorted(missing))}")

@@ -1,10 +1,8 @@
 """The documentation's code runs: blocks in pages, and the notebook."""
 
 import contextlib
-import importlib
 import io
 import json
-import operator
 import pathlib
 import re
 
@@ -138,17 +136,3 @@ def test_memory_page_shows_what_is_counted_of_maxtexts_llama():
             f"{memory.total:,} bytes, {memory.bytes_per_param:.3f} a parameter\n"
         )
     assert shown[1].endswith("".join(lines))
-
-
-NAMES = re.findall(
-    r"^(\w+\.\S+) (?!https:)",
-    (DOCS / "inventories.txt").read_text(encoding="utf-8"),
-    flags=re.M,
-)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_names_that_link_to_other_projects_exist(name):
-    root, _, rest = name.partition(".")
-    module = {"nnx": "flax.nnx", "nn": "flax.linen"}.get(root, root)
-    assert operator.attrgetter(rest)(importlib.import_module(module))
