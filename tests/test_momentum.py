@@ -1,6 +1,5 @@
 """Momentum stored in 16, 8 and 4 bits."""
 
-import collections
 import functools
 import math
 from typing import Any
@@ -14,7 +13,6 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from measuring.zoo import abstract_params
 
 from came_optax import (
     BalancedSplit,
@@ -275,31 +273,6 @@ def test_no_state_is_larger_than_adams(shape: Any, rule: Any, mu_dtype: Any) -> 
 
     assert size(mu_dtype) <= 8 * p.size
     assert size(mu_dtype) <= size(None)
-
-
-@pytest.mark.parametrize(
-    ("model", "parameters"),
-    [
-        ("bert-large", 335_174_458),
-        pytest.param("gpt2-xl", 1_557_611_200, marks=pytest.mark.slow),
-    ],
-)
-@pytest.mark.parametrize(
-    ("mu_dtype", "budget"),
-    [("float32", 4.02), ("bfloat16", 2.03), ("int8", 1.05), ("int4", 0.55)],
-)
-def test_state_bytes_per_parameter(
-    model: str, parameters: int, mu_dtype: str, budget: float
-) -> None:
-    total = n = 0
-    for p, count in collections.Counter(
-        jax.tree.leaves(abstract_params(model))
-    ).items():
-        state = jax.eval_shape(came(1e-3, mu_dtype=mu_dtype).init, p)
-        arrays = [x.size * x.dtype.itemsize for x in jax.tree.leaves(state)]
-        total, n = total + count * sum(arrays), n + count * p.size
-    assert n == parameters
-    assert total <= budget * n
 
 
 @pytest.mark.slow(but=7)

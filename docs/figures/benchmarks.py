@@ -9,19 +9,18 @@ import json
 import pathlib
 
 import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from dynamics import COLORS, STYLE
+from drawing import COLORS, STYLE
 from matplotlib.lines import Line2D
 
 RESULTS = pathlib.Path(__file__).parents[1] / "results" / "benchmarks"
 CHIPS = {"v5e": "o", "v5p": "s", "v6e": "^", "h100": "D"}
 OF_OPTIMIZER = {
-    "SGD": "#777777",
+    "steady_came": COLORS["came"],
+    "came": COLORS["published-came"],
     "AdamW": COLORS["adamw"],
     "Adafactor": COLORS["adafactor"],
-    "CAME": COLORS["came"],
+    "SGD": "#777777",
 }
 MODELS = {"gpt2": ("GPT-2 small", "o"), "bert": ("BERT base", "s")}
 

@@ -6,28 +6,22 @@ To draw it anew:
 """
 
 import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
 import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
+from drawing import COLORS, STYLE
 
 from came_optax import scale_by_came, steady_came
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "examples"))
-from comparing.figures import COLORS
-
 STEPS = 3000
 SHAPE = (64, 64)
-# Dark text on white of its own: reads on a light page and on a dark one.
-STYLE = {"font.size": 11, "svg.hashsalt": "came-optax"}
 PUBLISHED = COLORS["published-came"]
 OPTIMIZERS = {
+    "steady_came": (steady_came(1.0), COLORS["came"], "-"),
     "CAME, as published": (scale_by_came(), PUBLISHED, "-"),
     "bias_correction": (scale_by_came(bias_correction=True), PUBLISHED, "--"),
     "update_clipping_threshold=1": (
@@ -35,7 +29,6 @@ OPTIMIZERS = {
         PUBLISHED,
         ":",
     ),
-    "steady_came": (steady_came(1.0), COLORS["came"], "-"),
     "Adam": (optax.scale_by_adam(), COLORS["adamw"], "-."),
 }
 

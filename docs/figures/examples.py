@@ -10,10 +10,8 @@ import json
 import pathlib
 
 import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from dynamics import COLORS, STYLE
+from drawing import COLORS, STYLE
 
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE.parent / "results" / "examples"

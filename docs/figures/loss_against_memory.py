@@ -10,15 +10,8 @@ sizes of a model into docs/results/sizes.md. From the logs of
 import pathlib
 
 import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from dynamics import COLORS, STYLE  # First, as it finds the examples' modules.
-
-# isort: split
-from comparing.runs import Log
-from comparing.summary import spread, summarize
-from pretraining.table import format_table
+from drawing import COLORS, STYLE, Log, format_table, spread, summarize
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -46,55 +46,72 @@ def test_the_count_is_exact_where_it_is_known(v5e, name):
     assert found["bytes/parameter"] == EXACT[name]
 
 
-# The gradient is read three times, or four where the momentum is rounded, the parameter
-# read and written, and the momentum read, written and, in 16 bits or more, read again.
+# In came the gradient is read three times, the parameter read and written, and the
+# momentum read, written and read again. Nesterov momentum needs the gradient once more,
+# as codes do, of which the momentum is made anew in each pass.
 @pytest.mark.parametrize(
-    ("mu_dtype", "bytes_per_parameter"),
-    [("float32", 32.02), ("bfloat16", 30.02), ("int8", 26.03), ("int4", 26.03)],
+    ("name", "bytes_per_parameter"),
+    [
+        ("steady_came, float32", 36.03),
+        ("steady_came, bfloat16", 32.03),
+        ("steady_came, int8", 26.04),
+        ("steady_came, int4", 25.04),
+        ("came, float32", 32.03),
+    ],
 )
-def test_traffic_of_a_matrix_that_does_not_fit(v5e, mu_dtype, bytes_per_parameter):
-    found = measured(f"CAME, {mu_dtype}", embedding(), v5e)
+def test_traffic_of_a_matrix_that_does_not_fit(v5e, name, bytes_per_parameter):
+    found = measured(name, embedding(), v5e)
     assert found["bytes/parameter"] <= bytes_per_parameter
     assert found["temporaries (MB)"] <= 4 * embedding().size / 1e6
 
 
-def test_an_odd_vocabulary_costs_4_bits_no_more(v5e):
-    found = measured("CAME, int4", embedding(50257), v5e)
-    assert found["bytes/parameter"] <= 25.04
+def test_an_odd_vocabulary_costs_4_bits_one_more_pass(v5e):
+    found = measured("steady_came, int4", embedding(50257), v5e)
+    assert found["bytes/parameter"] <= 29.04
     assert found["temporaries (MB)"] <= 1
 
 
 def test_4_bits_of_a_stack_of_layers(v5e):
     stack = jax.ShapeDtypeStruct((24, 1024, 4096), jnp.float32)
-    found = measured("CAME, int4", stack, v5e)
+    found = measured("steady_came, int4", stack, v5e)
     assert found["bytes/parameter"] <= 28.04
     assert found["temporaries (MB)"] <= 102
 
 
 # Everything once is 20, 16, 14 and 13.
 @pytest.mark.parametrize(
-    ("mu_dtype", "bytes_per_parameter"),
-    [("float32", 20.05), ("bfloat16", 16.05), ("int8", 14.07), ("int4", 13.07)],
+    ("name", "bytes_per_parameter"),
+    [
+        ("steady_came, float32", 20.05),
+        ("steady_came, bfloat16", 16.05),
+        ("steady_came, int8", 14.07),
+        ("steady_came, int4", 13.07),
+        ("came, float32", 20.05),
+    ],
 )
-def test_traffic_of_matrices_that_fit(v5e, mu_dtype, bytes_per_parameter):
-    found = measured(f"CAME, {mu_dtype}", layers(2), v5e)
+def test_traffic_of_matrices_that_fit(v5e, name, bytes_per_parameter):
+    found = measured(name, layers(2), v5e)
     assert found["bytes/parameter"] <= bytes_per_parameter
     assert found["temporaries (MB)"] <= 4 * 768 * 3072 / 1e6
 
 
 # Codes of many matrices at once would leave no room on the chip: 17.84 and 142 MB.
 @pytest.mark.parametrize(
-    ("mu_dtype", "bytes_per_parameter", "temporaries"),
-    [("float32", 23.78, 73), ("int4", 16.8, 70)],
+    ("name", "bytes_per_parameter", "temporaries"),
+    [
+        ("steady_came, float32", 0, 0),
+        ("steady_came, int4", 0, 0),
+        ("came, float32", 23.78, 73),
+    ],
 )
-def test_traffic_of_gpt2(v5e, mu_dtype, bytes_per_parameter, temporaries):
-    found = measured(f"CAME, {mu_dtype}", gpt2_shapes("small"), v5e)
+def test_traffic_of_gpt2(v5e, name, bytes_per_parameter, temporaries):
+    found = measured(name, gpt2_shapes("small"), v5e)
     assert found["bytes/parameter"] <= bytes_per_parameter
     assert found["temporaries (MB)"] <= temporaries
 
 
 def test_kernels_grow_linearly_with_leaves(v5e):
     one, two, four = (
-        measured("CAME, float32", layers(n), v5e)["kernels"] for n in (1, 2, 4)
+        measured("steady_came, float32", layers(n), v5e)["kernels"] for n in (1, 2, 4)
     )
     assert four - two <= 2.1 * (two - one)

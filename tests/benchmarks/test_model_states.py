@@ -14,7 +14,9 @@ from model_states import OPTIMIZERS, state_bytes, table
 from came_optax import state_memory
 
 SCRIPT = model_states.__file__
-RESULTS = pathlib.Path(__file__).parents[2] / "docs" / "results" / "memory"
+ROOT = pathlib.Path(__file__).parents[2]
+RESULTS = ROOT / "docs" / "results" / "memory"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -54,6 +56,38 @@ def test_decoders_have_their_published_sizes_to_the_last_parameter(model, publis
 
 def size(model):
     return sum(math.prod(p.shape) for p in jax.tree.leaves(abstract_params(model)))
+
+
+@pytest.mark.parametrize("model", ["bert-large", "gpt2-xl"])
+@pytest.mark.parametrize(
+    ("optimizer", "budget"),
+    [
+        ("steady-came", 4.02),
+        ("steady-came-bfloat16", 2.03),
+        ("steady-came-int8", 1.05),
+        ("steady-came-int4", 0.55),
+    ],
+)
+def test_states_keep_to_their_bytes_per_parameter(model, optimizer, budget):
+    assert state_bytes(model, optimizer, "float32") <= budget * size(model)
+
+
+@pytest.mark.parametrize(
+    ("row", "optimizer"),
+    [
+        ("`steady_came`", "steady-came"),
+        ('`steady_came(mu_dtype="bfloat16")`', "steady-came-bfloat16"),
+        ('`steady_came(mu_dtype="int8")`', "steady-came-int8"),
+        ('`steady_came(mu_dtype="int4")`', "steady-came-int4"),
+        ("`optax.adamw`", "adamw"),
+        ("`optax.adafactor`, momentum 0.9", "adafactor"),
+        ("`optax.adafactor`, no momentum", "adafactor-no-momentum"),
+    ],
+)
+def test_the_readme_has_the_states_of_gpt2(row, optimizer):
+    count, taken = size("gpt2"), state_bytes("gpt2", optimizer, "float32")
+    assert f"({count:,} parameters, float32)" in README
+    assert f"| {row} | {taken / 1e6:.1f} MB | {taken / count:.2f} |" in README
 
 
 def test_the_documented_table_is_what_the_command_prints():
