@@ -17,6 +17,12 @@ from came_optax._factoring import (
     LastTwoAxes,
     Stacked,
 )
+from came_optax._master_weights import (
+    MasterWeightsState,
+    master_weights,
+    split_weights,
+    with_master_weights,
+)
 from came_optax._memory import StateMemory, state_memory
 from came_optax._quantized_ema import QuantizedEmaState, quantized_ema
 from came_optax._sharding import state_sharding
@@ -32,6 +38,7 @@ __all__ = [
     "FactoringRule",
     "LargestTwoAxes",
     "LastTwoAxes",
+    "MasterWeightsState",
     "QuantizedEmaState",
     "ScaleByCameState",
     "ScaleByConfidenceState",
@@ -42,12 +49,15 @@ __all__ = [
     "came",
     "conversion_report",
     "convert_state",
+    "master_weights",
     "quantized_ema",
     "scale_by_came",
     "scale_by_confidence",
     "scale_by_factored_moment",
+    "split_weights",
     "state_memory",
     "state_sharding",
     "steady_came",
     "stochastic_apply_updates",
+    "with_master_weights",
 ]

@@ -1,0 +1,392 @@
+"""Weights in bfloat16 or float16, and in the state what float32 has more.
+
+A weight is a sign and a magnitude of 31 bits, whose upper 15 are the parameter's and
+whose lower 16 or 8 are the remainder: in bfloat16 float32's own bits, in float16 as if
+its significand had more of them. All of it is done in integers: sums would flush
+subnormal numbers to 0, and the parameter is not the weight rounded to even, as then two
+weights half way between parameters would have the same remainder.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from came_optax import _boxes as boxes
+from came_optax._arrays import check_array
+from came_optax._checks import KeyPath, check_same_leaves, check_state, path_name
+
+Bits: TypeAlias = Literal[16, 24, 32]
+
+_REMAINDER: dict[int, Any] = {16: jnp.int8, 24: jnp.int8, 32: jnp.int16}
+_NAN = np.uint32(0x7FC00000)  # Its upper half is NaN in both dtypes.
+_DOWN = np.uint32(0)  # The threshold with which numbers are rounded down.
+_GOLDEN_RATIO = np.uint32(0x9E3779B9)  # Its multiples over 2³² are spread evenly.
+
+
+class MasterWeightsState(NamedTuple):
+    """State of :func:`with_master_weights`.
+
+    Attributes:
+      count: number of updates so far; shape (), int32.
+      remainder: what the parameters lack of the weights, structured like them: int8 or
+        int16 of the parameter's shape, in units of a weight's last bit; zeros of shape
+        (1,) for what lacks nothing.
+      inner_state: state of the wrapped transformation, for the weights.
+    """
+
+    count: ArrayLike  # type: ignore[assignment]  # hides tuple.count
+    remainder: optax.Params
+    inner_state: optax.OptState
+
+
+class _Remainder(NamedTuple):
+    remainder: optax.Params
+
+
+def with_master_weights(
+    tx: optax.GradientTransformation, bits: Bits = 24
+) -> optax.GradientTransformationExtraArgs:
+    r"""Trains bfloat16 parameters like float32 ones; what they lack is in the state.
+
+    A bfloat16 number near 1 is 1/128 from the next: steps of less than half of that are
+    lost, however often they are taken. Here ``tx`` sees gradients and weights :math:`w`
+    in float32, and
+
+    .. math::
+
+        w &\leftarrow w + \Delta \\
+        \theta &\leftarrow \operatorname{bfloat16}(w), \quad \rho = w - \theta
+
+    where the remainder :math:`\rho` is what the state keeps. The updates, in float32,
+    are the differences of :math:`\theta`: ``optax.apply_updates``, ``nnx.Optimizer``
+    and ``TrainState.apply_gradients`` land on it, as they cast after adding. Leaves
+    that are neither bfloat16 nor float16 are left to ``tx`` as they are.
+
+    What else is done to parameters counts. A remainder is at most half the distance to
+    the next bfloat16 number, so that an old one does no more to a parameter that was
+    loaded, cast or averaged than its rounding did.
+
+    Args:
+      tx: the optimizer, with learning rate and weight decay. Gradients that
+        ``optax.MultiSteps`` accumulates reach it in float32 if that is inside, but
+        rounded to the parameters' dtype if that is around this.
+      bits: of a weight: 32, on 2 bytes of state a parameter, for float32 to the last
+        bit; 24, on 1 byte, or 16, on none, where a weight is rounded up or down by
+        turns, so that on average it is where its steps add up to.
+
+    Returns:
+      A transformation with state :class:`MasterWeightsState`. ``update`` needs
+      ``params``, and what it returns must be applied as it is: in a chain it is last.
+
+    Raises:
+      ValueError: ``bits`` is another number, or there are no ``params``.
+      TypeError: a state that another transformation made, or parameters that were cast.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from came_optax import master_weights, steady_came, with_master_weights
+      >>> params = {"scale": jnp.ones(1000, jnp.bfloat16)}
+      >>> tx = with_master_weights(steady_came(1e-4, mu_dtype="int8"))
+      >>> state = tx.init(params)
+      >>> for _ in range(10):
+      ...     updates, state = tx.update(params, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> float(params["scale"].max())
+      1.0
+      >>> bool(abs(master_weights(params, state)["scale"].mean() - 0.999) < 1e-5)
+      True
+
+    Note:
+      With 32 bits every float32 has its bfloat16 and remainder, and steps are exact
+      where a float32 sum can lead from one parameter to the other. It can't: away from
+      infinity, which is the bfloat16 of more than 3.39e38; by a subnormal difference,
+      for magnitudes below 1.5e-36, where sums of those are flushed to 0, as on CPUs and
+      TPUs; from just below a power of two to less than 2⁻¹⁵ of it beyond 0, where the
+      weight may be off by half of the step's last bit. In float16 magnitudes from 2⁻¹⁷
+      to 65,520 are exact, and smaller ones multiples of 2⁻⁴⁰.
+
+      A step's error is below 2⁻¹⁵ of the weight with 24 bits (in float16 2⁻¹⁸), and
+      2⁻⁷ with 16 (2⁻¹⁰); its mean is 0.
+
+    References:
+      Micikevicius et al., `Mixed precision training
+      <https://arxiv.org/abs/1710.03740>`_, 2018; Zamirai et al., `Revisiting bfloat16
+      training <https://arxiv.org/abs/2010.06192>`_, 2020; Gupta et al., `Deep learning
+      with limited numerical precision <https://arxiv.org/abs/1502.02551>`_, 2015.
+    """
+    _check_bits(bits)
+    tx = optax.with_extra_args_support(tx)
+
+    def init_fn(params: optax.Params) -> MasterWeightsState:
+        def init_remainder(arrays: optax.Params) -> _Remainder:
+            return _Remainder(
+                jax.tree.map(
+                    lambda p: _split(_upcast(p, p), p.dtype, bits, _DOWN)[1], arrays
+                )
+            )
+
+        remainder = boxes.box_state(params, init_remainder).remainder
+        inner_state = tx.init(jax.tree.map(_upcast, params, params))
+        return MasterWeightsState(jnp.zeros([], jnp.int32), remainder, inner_state)
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, MasterWeightsState]:
+        check_state(state, MasterWeightsState, "with_master_weights")
+        if params is None:
+            raise ValueError(
+                "with_master_weights needs the parameters: call update(grads, state, "
+                "params); you are not passing `params`"
+            )
+        check_same_leaves("params", params, "updates", updates)
+        arrays, remainder = boxes.unbox(params), boxes.unbox(state.remainder)
+        jax.tree.map_with_path(functools.partial(_check, bits), arrays, remainder)
+        weights = jax.tree.map(_join, arrays, remainder)
+        gradients = jax.tree.map(_upcast, boxes.unbox(updates), arrays)
+        steps, inner_state = tx.update(
+            boxes.box_like(updates, gradients),
+            state.inner_state,
+            boxes.box_like(params, weights),
+            **extra_args,
+        )
+        count: Any = optax.safe_increment(state.count)
+        leaves = [
+            _step(bits, count, *leaf)
+            for leaf in zip(
+                *map(jax.tree.leaves, (arrays, weights, steps)), strict=True
+            )
+        ]
+        changes, remainder = ([leaf[i] for leaf in leaves] for i in (0, 1))
+        return boxes.box_like(updates, changes), MasterWeightsState(
+            count, boxes.box_like(state.remainder, remainder), inner_state
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def master_weights(params: optax.Params, state: optax.OptState) -> optax.Params:
+    """Returns the weights in float32, for evaluation, averages and checkpoints.
+
+    Args:
+      params: the parameters.
+      state: of :func:`with_master_weights`, or of what that is part of.
+
+    Returns:
+      The parameters with their remainders; those without one are as they are.
+
+    Raises:
+      KeyError: there are no remainders in ``state``, or several trees of them.
+    """
+    remainder = optax.tree.get(state, "remainder")
+    if remainder is None:
+        raise KeyError("there is no state of with_master_weights in the state")
+    arrays = boxes.unbox(params)
+    weights = jax.tree.map(_join, arrays, boxes.unbox(remainder))
+    whole: optax.Params = boxes.box_like(params, weights)
+    return whole
+
+
+def split_weights(
+    weights: optax.Params, bits: Bits = 24, dtype: Any = jnp.bfloat16
+) -> tuple[optax.Params, optax.Params]:
+    """Returns parameters of float32 weights, and the remainders that go with them.
+
+    A weight half way between two parameters becomes the larger one, where a cast takes
+    the even one: these remainders are those of these parameters, not of cast ones.
+
+    Args:
+      weights: a tree of arrays. Those that aren't float32 stay as they are.
+      bits: as for :func:`with_master_weights`; to 24 and 16 the weights are rounded to
+        the nearest.
+      dtype: of the parameters, bfloat16 or float16.
+
+    Returns:
+      The parameters, and what is ``remainder`` in a :class:`MasterWeightsState`.
+
+    Raises:
+      ValueError: ``bits`` or ``dtype`` is something else.
+
+    Example:
+      A job that trained float32 weights with ``tx`` goes on to the last bit:
+
+      >>> import jax.numpy as jnp, optax
+      >>> from came_optax import MasterWeightsState, split_weights, with_master_weights
+      >>> weights, tx = {"w": jnp.full(3, 0.3)}, optax.adam(1e-3)
+      >>> _, inner_state = tx.update(weights, tx.init(weights), weights)
+      >>> params, remainder = split_weights(weights, bits=32)
+      >>> state = MasterWeightsState(jnp.zeros([], jnp.int32), remainder, inner_state)
+      >>> tx = with_master_weights(tx, bits=32)
+      >>> updates, state = tx.update(params, state, params)
+    """
+    _check_bits(bits)
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        raise ValueError(f"dtype must be bfloat16 or float16, got {dtype!r}")
+    leaves = jax.tree.leaves(weights)
+    half_a_unit = np.uint32(2 ** (32 - bits) // 2)
+    split = [
+        _split(w, dtype if w.dtype == jnp.float32 else w.dtype, bits, half_a_unit)
+        for w in leaves
+    ]
+    params, remainder = ([leaf[i] for leaf in split] for i in (0, 1))
+    boxed = boxes.box_state(
+        weights, lambda arrays: _Remainder(boxes.box_like(arrays, remainder))
+    )
+    return boxes.box_like(weights, params), boxed.remainder
+
+
+def _check_bits(bits: Any) -> None:
+    if bits not in _REMAINDER:
+        raise ValueError(f"bits must be 16, 24 or 32, got {bits!r}")
+
+
+def _is_narrow(p: Any) -> bool:
+    return p.dtype in (jnp.bfloat16, jnp.float16)
+
+
+def _upcast(x: Any, p: Any) -> Any:
+    """Returns what belongs to a parameter in the dtype of its weight."""
+    return x.astype(jnp.float32) if _is_narrow(p) else x
+
+
+def _has_remainder(p: Any, bits: int) -> bool:
+    return _is_narrow(p) and bits > 16
+
+
+def _check(bits: int, path: KeyPath, p: Any, remainder: Any) -> None:
+    """Raises unless a remainder is as ``init`` makes it for a parameter."""
+    if not _is_narrow(p) and remainder.shape == p.shape != (1,):
+        raise TypeError(
+            f"leaf {path_name(path)!r} of the params has dtype {p.dtype}, but it had a "
+            "remainder: apply updates with optax.apply_updates, which casts sums to the "
+            "parameters' dtype"
+        )
+    shape = p.shape if _has_remainder(p, bits) else (1,)
+    why = f"bits={bits}"
+    check_array("remainder", path, remainder, shape, _REMAINDER[bits], p, why)
+
+
+def _step(
+    bits: int, count: jax.Array, p: Any, weight: jax.Array, step: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the change of a parameter, and its new remainder."""
+    if not _is_narrow(p):
+        return step, jnp.zeros((1,), _REMAINDER[bits])
+    new, remainder = _split(
+        weight + step.astype(jnp.float32),
+        p.dtype,
+        bits,
+        _threshold(weight, bits, count),
+    )
+    change = new.astype(jnp.float32) - p.astype(jnp.float32)
+    largest = jnp.finfo(jnp.float32).max
+    change = jnp.where(jnp.isfinite(new), jnp.clip(change, -largest, largest), change)
+    return jnp.where(new == p, 0, change), remainder  # Infinity stays infinity.
+
+
+def _threshold(weight: jax.Array, bits: int, count: jax.Array) -> jax.Array:
+    """Returns below which part of a unit an element is rounded down in this step.
+
+    It is evenly spread over the steps, from another start in each element.
+    """
+    if bits == 32:
+        return jnp.asarray(_DOWN)
+    place = jnp.uint32(0)
+    for axis, size in enumerate(weight.shape):
+        place = place * np.uint32(size) + jax.lax.broadcasted_iota(
+            jnp.uint32, weight.shape, axis, out_sharding=jax.typeof(weight).sharding
+        )
+    # Mixed as in MurmurHash3.
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        place = (place ^ (place >> shift)) * np.uint32(factor)
+    place = place ^ (place >> 16)
+    turn: jax.Array = place + count.astype(jnp.uint32) * _GOLDEN_RATIO
+    return turn >> bits
+
+
+def _split(
+    weight: jax.Array, dtype: Any, bits: int, threshold: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Returns a parameter and what it lacks of a weight.
+
+    Args:
+      weight: float32, if ``dtype`` is narrower.
+      dtype: the parameter's.
+      bits: of both together.
+      threshold: what is added to the 32 bits of a weight before those are cut off that
+        are too many; uint32.
+    """
+    empty = jnp.zeros((1,), _REMAINDER[bits])
+    if weight.dtype == dtype:
+        return weight, empty
+    magnitude = _magnitude(weight, dtype)
+    cut = (magnitude + threshold) & np.uint32(2**32 - 2 ** (32 - bits))
+    magnitude = jnp.where(jnp.isfinite(weight), cut, magnitude)
+    upper = (magnitude + np.uint32(0x8000)) >> 16
+    negative = jnp.signbit(weight)
+    sign = negative.astype(jnp.uint32) << 15
+    p = jax.lax.bitcast_convert_type((upper | sign).astype(jnp.uint16), dtype)
+    if bits == 16:
+        return p, empty
+    lower = jax.lax.bitcast_convert_type(magnitude - (upper << 16), jnp.int32)
+    lower = lower >> (32 - bits)
+    # No update leads from 1 to −0: beside 0 the remainder has the sign.
+    lower = jnp.where((upper == 0) & negative, ~lower, lower)
+    return p, lower.astype(_REMAINDER[bits])
+
+
+def _join(p: Any, remainder: jax.Array) -> jax.Array:
+    """Returns the weight that was split."""
+    weight: jax.Array = _upcast(p, p)
+    if not _is_narrow(p) or remainder.shape != p.shape:
+        return weight
+    lower = remainder.astype(jnp.int32)
+    upper = jax.lax.bitcast_convert_type(p, jnp.uint16).astype(jnp.uint32)
+    negative, upper = upper >> 15 == 1, upper & np.uint32(0x7FFF)
+    negative = jnp.where(upper == 0, lower < 0, negative)
+    lower = jnp.where((upper == 0) & negative, ~lower, lower)
+    lower = lower << (16 - 8 * remainder.dtype.itemsize)
+    magnitude = (upper << 16) + jax.lax.bitcast_convert_type(lower, jnp.uint32)
+    sign = negative.astype(jnp.uint32) << 31
+    joined = jax.lax.bitcast_convert_type(
+        _float32_bits(magnitude, p.dtype) | sign, jnp.float32
+    )
+    finite = jnp.isfinite(p) | (jnp.isinf(p) & (remainder < 0))
+    return jnp.where(finite, joined, weight)
+
+
+def _magnitude(weight: jax.Array, dtype: Any) -> jax.Array:
+    """Returns 31 bits of float32 numbers, the upper 15 as in ``dtype``."""
+    magnitude = jax.lax.bitcast_convert_type(weight, jnp.uint32)
+    magnitude = magnitude & np.uint32(0x7FFFFFFF)
+    if dtype == jnp.float16:
+        size = jnp.abs(weight)
+        subnormal = jnp.round(jnp.minimum(size, 2.0**-14) * 2.0**40)
+        normal = (magnitude << 3) - np.uint32((112 << 26) % 2**32)  # Exponents' bias.
+        magnitude = jnp.where(
+            size < 2.0**-14,
+            subnormal.astype(jnp.uint32),
+            jnp.where(size < 2.0**16, normal, np.uint32(0x7C000000)),
+        )
+    result: jax.Array = jnp.where(jnp.isnan(weight), _NAN, magnitude)
+    return result
+
+
+def _float32_bits(magnitude: jax.Array, dtype: Any) -> jax.Array:
+    """Returns the bits of float32 numbers of which :func:`_magnitude` is given."""
+    if dtype == jnp.bfloat16:
+        return magnitude
+    subnormal = magnitude.astype(jnp.float32) * 2.0**-40
+    of_subnormal = jax.lax.bitcast_convert_type(subnormal, jnp.uint32)
+    normal = (magnitude >> 3) + np.uint32(112 << 23)
+    bits: jax.Array = jnp.where(magnitude < 2**26, of_subnormal, normal)
+    return bits
