@@ -369,7 +369,7 @@ def _add_decayed_weights(
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **_: Any
     ) -> tuple[optax.Updates, Any]:
-        if isinstance(weight_decay, int | float) and weight_decay == 0:
+        if not isinstance(weight_decay, jax.Array) and weight_decay == 0:
             return updates, state
         if params is None:
             raise ValueError(

@@ -299,6 +299,12 @@ def test_weight_decay_needs_params() -> None:
         tx.update(PARAMS, tx.init(PARAMS))
 
 
+@pytest.mark.parametrize("zero", [0, 0.0, np.float32(0), np.array(0.0)], ids=repr)
+def test_no_weight_decay_needs_none(zero: Any) -> None:
+    tx = came(1e-3, weight_decay=zero)
+    tx.update(PARAMS, tx.init(PARAMS))
+
+
 @pytest.mark.parametrize(
     "mask, error, message",
     [
