@@ -357,7 +357,9 @@ def _add_decayed_weights(
     """
 
     def masks(params: optax.Params) -> Any:
-        tree = mask(params) if callable(mask) else mask
+        # A module is a tree of bools, even if it can be called.
+        is_function = callable(mask) and all(map(callable, jax.tree.leaves(mask)))
+        tree = mask(params) if is_function else mask
         check_mask("weight_decay_mask", tree, params)
         return jax.tree.broadcast(unbox(tree), unbox(params))
 

@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -317,6 +318,18 @@ def test_weight_decay_masks(mask: Any, error: type[Exception], message: str) -> 
     tx = came(1e-3, weight_decay=0.1, weight_decay_mask=mask)
     with pytest.raises(error, match=f"^weight_decay_mask .*{message}"):
         tx.init(PARAMS)
+
+
+def test_a_weight_decay_mask_may_be_a_module() -> None:
+    """Modules of Equinox are trees that can be called."""
+    linear = eqx.filter(eqx.nn.Linear(3, 3, key=jax.random.key(0)), eqx.is_array)
+    mask = jax.tree.map(lambda p: p.ndim > 1, linear)
+    zeros = jax.tree.map(jnp.zeros_like, linear)
+    for given in (mask, lambda _: mask, jax.tree_util.Partial(lambda _: mask)):
+        tx = came(0.1, weight_decay=0.5, weight_decay_mask=given)
+        updates, _ = tx.update(zeros, tx.init(linear), linear)
+        np.testing.assert_allclose(updates.weight, -0.05 * linear.weight, rtol=1e-6)
+        np.testing.assert_array_equal(updates.bias, 0.0)
 
 
 def test_sixteen_bit_hyperparams_are_refused() -> None:
