@@ -20,7 +20,8 @@ from jax.typing import ArrayLike
 
 from came_optax import _boxes as boxes
 from came_optax._arrays import check_array
-from came_optax._checks import KeyPath, check_same_leaves, check_state, path_name
+from came_optax._checks import check_same_leaves, check_state
+from came_optax._paths import KeyPath, path_name
 
 Bits: TypeAlias = Literal[16, 24, 32]
 
@@ -266,9 +267,9 @@ def _check(bits: int, path: KeyPath, p: Any, remainder: Any) -> None:
     """Raises unless a remainder is as ``init`` makes it for a parameter."""
     if not _is_narrow(p) and remainder.shape == p.shape != (1,):
         raise TypeError(
-            f"leaf {path_name(path)!r} of the params has dtype {p.dtype}, but it had a "
-            "remainder: apply updates with optax.apply_updates, which casts sums to the "
-            "parameters' dtype"
+            f"leaf {path_name(path)!r} of the params has dtype {p.dtype}, but there is "
+            "a remainder of it: apply updates with optax.apply_updates, which casts "
+            "sums to the parameters' dtype"
         )
     shape = p.shape if _has_remainder(p, bits) else (1,)
     why = f"bits={bits}"
