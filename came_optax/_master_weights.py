@@ -10,7 +10,7 @@ weights half way between parameters would have the same remainder.
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,6 @@ from came_optax import _boxes as boxes
 from came_optax._arrays import check_array
 from came_optax._checks import check_same_leaves, check_state
 from came_optax._paths import KeyPath, path_name
-
-Bits: TypeAlias = Literal[16, 24, 32]
 
 _REMAINDER: dict[int, Any] = {16: jnp.int8, 24: jnp.int8, 32: jnp.int16}
 _NAN = np.uint32(0x7FC00000)  # Its upper half is NaN in both dtypes.
@@ -52,7 +50,7 @@ class _Remainder(NamedTuple):
 
 
 def with_master_weights(
-    tx: optax.GradientTransformation, bits: Bits = 24
+    tx: optax.GradientTransformation, bits: int = 24
 ) -> optax.GradientTransformationExtraArgs:
     r"""Trains bfloat16 parameters like float32 ones; what they lack is in the state.
 
@@ -198,7 +196,7 @@ def master_weights(params: optax.Params, state: optax.OptState) -> optax.Params:
 
 
 def split_weights(
-    weights: optax.Params, bits: Bits = 24, dtype: Any = jnp.bfloat16
+    weights: optax.Params, bits: int = 24, dtype: Any = jnp.bfloat16
 ) -> tuple[optax.Params, optax.Params]:
     """Returns parameters of float32 weights, and the remainders that go with them.
 

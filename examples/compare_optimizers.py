@@ -28,6 +28,7 @@ with quit_on_ctrl_c(__name__ == "__main__"):  # Imports take seconds.
         REFERENCE,
         STORAGE,
         STUDY,
+        WEIGHTS,
     )
     from comparing.runs import Log
     from comparing.series import Series, Settings
@@ -64,6 +65,7 @@ GROUPS = {
     "ablations": (REFERENCE, *ABLATIONS),
     "study": (REFERENCE, BEFORE_NESTEROV, "came", *STUDY),
     "storage": (REFERENCE, *STORAGE),
+    "weights": (REFERENCE, *WEIGHTS),
 }
 
 

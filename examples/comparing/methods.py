@@ -14,6 +14,7 @@ from came_optax import (
     scale_by_came,
     scale_by_factored_moment,
     steady_came,
+    with_master_weights,
 )
 from pretraining.training.optimizers import (
     OptimizerOptions,
@@ -156,6 +157,21 @@ def _lion_int8(options: OptimizerOptions, schedule: optax.Schedule) -> Any:
     )
 
 
+def _master_weights(bits: int) -> Callable[..., Any]:
+    return lambda *args: with_master_weights(make_optimizer(*args), bits)
+
+
+def _nearest(options: OptimizerOptions, schedule: optax.Schedule) -> Any:
+    """Updates that lead to the nearest bfloat16, and what is missing is lost."""
+    tx = with_master_weights(make_optimizer(options, schedule), 32)
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        nothing = jax.tree.map(jnp.zeros_like, state.remainder)
+        return tx.update(updates, state._replace(remainder=nothing), params)
+
+    return optax.GradientTransformation(tx.init, update)
+
+
 # What differences are to.
 REFERENCE = "steady-came"
 BEFORE_NESTEROV = "came-bc-b2-0.95-eps2-0.1-clip-1"
@@ -198,6 +214,23 @@ STORAGE["steady-came-int8-bfloat16-params"] = dataclasses.replace(
     STORAGE["steady-came-int8"],
     label="steady_came, int8 momentum, bfloat16 parameters",
     param_dtype="bfloat16",
+)
+
+# Parameters in bfloat16, of which the state has what they lack, or not.
+WEIGHTS = {
+    f"steady-came-{bits}-bit-weights": Method(
+        f"steady_came, {bits}-bit weights",
+        OptimizerOptions(optimizer="came", learning_rate=3e-3),
+        param_dtype="bfloat16",
+        make=_master_weights(bits),
+    )
+    for bits in (16, 24, 32)
+}
+WEIGHTS["steady-came-nearest-weights"] = Method(
+    "steady_came, bfloat16 weights, rounded to the nearest",
+    OptimizerOptions(optimizer="came", learning_rate=3e-3),
+    param_dtype="bfloat16",
+    make=_nearest,
 )
 
 # steady_came but for one thing each.
@@ -255,4 +288,4 @@ STUDY = {
     "came-clip-2": _published("update clip 2", 3e-3, update_clipping_threshold=2.0),
 }
 
-METHODS = COMPARISON | STORAGE | ABLATIONS | STUDY
+METHODS = COMPARISON | STORAGE | WEIGHTS | ABLATIONS | STUDY

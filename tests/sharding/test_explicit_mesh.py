@@ -12,6 +12,7 @@ from came_optax import (
     Stacked,
     came,
     state_sharding,
+    with_master_weights,
 )
 
 # Each leaf of a shape with each way to shard it over three mesh axes.
@@ -110,3 +111,20 @@ def test_one_eager_update(explicit_mesh):
     updates, new_state = tx.update(params, state, params)
     assert types(new_state) == types(state)
     assert types(updates) == types(params)
+
+
+@pytest.mark.parametrize("bits", [16, 24, 32])
+def test_remainders_have_their_parameters_types(explicit_mesh, bits):
+    params = optax.tree.cast(sharded_params(explicit_mesh(a=2, b=2, c=2)), jnp.bfloat16)
+    tx = with_master_weights(came(1e-3), bits)
+    state = tx.init(params)
+    if bits > 16:
+        for p, r in zip(
+            jax.tree.leaves(params), jax.tree.leaves(state.remainder), strict=True
+        ):
+            assert jax.typeof(p).sharding == jax.typeof(r).sharding
+    updates, new = jax.eval_shape(tx.update, params, state, params)
+    for before, after in ((state, new), (params, updates)):
+        assert jax.tree.map(lambda x: jax.typeof(x).sharding, before) == jax.tree.map(
+            lambda x: x.sharding, after
+        )

@@ -13,7 +13,14 @@ from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import PartitionSpec as P
 
-from came_optax import LastTwoAxes, Stacked, came, state_sharding
+from came_optax import (
+    LastTwoAxes,
+    Stacked,
+    came,
+    master_weights,
+    state_sharding,
+    with_master_weights,
+)
 
 LAYERS, WIDTH, HIDDEN = 3, 8, 16
 X = jax.random.normal(jax.random.key(0), (16, WIDTH))
@@ -240,6 +247,47 @@ def test_linen_train_state(auto_mesh, with_partitioning):
         train_state, loss = compiled(train_state)
         losses.append(loss)
     assert losses[0] > losses[1] > losses[2]
+
+
+# At 0.01, plain bfloat16 would lose half of the steps of 1e-5.
+NARROW = with_master_weights(came(1e-5, bias_correction=True), bits=32)
+
+
+def test_nnx_trains_bfloat16_weights(mesh):
+    @nnx.jit
+    def create_narrow():
+        model = Model(nnx.Rngs(0))
+        params = nnx.state(model, nnx.Param)
+        nnx.update(model, optax.tree.cast(params, jnp.bfloat16))
+        return model, nnx.Optimizer(model, NARROW, wrt=nnx.Param)
+
+    model, optimizer = create_narrow()
+    specs = nnx.get_partition_spec(optimizer.opt_state)
+    assert kernels(specs.remainder) == kernels(optax.tree.get(specs, "mu")) == SPECS
+    weights = optax.tree.cast(nnx.state(model, nnx.Param), jnp.float32)
+    with jax.numpy_dtype_promotion("standard"):
+        losses = [train_step(model, optimizer) for _ in range(3)]
+    params = nnx.state(model, nnx.Param)
+    assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+    assert losses[0] > losses[1] > losses[2]
+    after = master_weights(params, nnx.as_pure(optimizer.opt_state))
+    moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), after, weights)
+    assert min(jax.tree.leaves(moved)) > 1e-5
+
+
+def test_linen_boxes_of_remainders():
+    box = functools.partial(nn.Partitioned, names=("fsdp", "tensor"))
+    params = {
+        "narrow": box(jnp.ones((4, 4), jnp.bfloat16)),
+        "wide": box(jnp.ones((4, 4))),
+    }
+    state = NARROW.init(params)
+    assert state.remainder["narrow"].names == ("fsdp", "tensor")
+    assert state.remainder["wide"].names == (None,)
+    updates, new_state = NARROW.update(params, state, params)
+    assert jax.tree.structure(new_state) == jax.tree.structure(state)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    assert master_weights(params, new_state)["narrow"].names == ("fsdp", "tensor")
 
 
 def test_half_masked_boxes():

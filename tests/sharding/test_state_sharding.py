@@ -19,6 +19,7 @@ from came_optax import (
     Stacked,
     came,
     state_sharding,
+    with_master_weights,
 )
 from came_optax._factoring import factored_axes
 
@@ -135,6 +136,28 @@ def test_partly_masked_and_accumulated():
     assert {name: mu[name] for name in matrices} == matrices
     trace = find(state, "trace")
     assert {name: trace[name] for name in vectors} == vectors
+
+
+def test_remainders_are_laid_as_their_parameters(auto_mesh):
+    mesh = auto_mesh(fsdp=4, tensor=2)
+    shardings = {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()}
+    params = jax.device_put(
+        {name: jnp.ones(p.shape, jnp.bfloat16) for name, p in PARAMS.items()}
+        | {"bias": jnp.ones(32)},
+        shardings,
+    )
+    tx = with_master_weights(came(1e-3))
+    place = state_sharding(tx, params, shardings)
+    assert place.remainder == shardings | {"bias": NamedSharding(mesh, P())}
+    assert find(place, "mu") == shardings
+    state = jax.jit(tx.init, out_shardings=place)(params)
+    update = jax.jit(tx.update, out_shardings=(shardings, place))
+    alone = jax.device_put(params, jax.devices()[0])
+    updates, state = update(params, state, params)
+    expected, expected_state = jax.jit(tx.update)(alone, tx.init(alone), alone)
+    chex.assert_trees_all_close(updates, expected, rtol=1e-6)
+    chex.assert_trees_all_equal(state.remainder, expected_state.remainder)
+    assert state.remainder["kernel"].sharding == shardings["kernel"]
 
 
 @pytest.mark.parametrize("tx", [optax.adamw(1e-3), optax.sgd(1e-2, momentum=0.9)])
