@@ -185,6 +185,12 @@ def test_what_is_rare_passes(start: float) -> None:
     np.testing.assert_array_equal(bits_of(after), bits_of(expected))
 
 
+def test_a_difference_beyond_float32_is_not_infinite() -> None:
+    weights = np.float32([-(2.0**127) * (1 + 2.0**-8 + 2.0**-20)])
+    _, after, expected = after_a_step(weights, [np.finfo(np.float32).max], 32)
+    np.testing.assert_allclose(after, expected, rtol=2**-7)
+
+
 def compiled_apart(tx: Any) -> Any:
     """Returns ``tx``, of which compilers make the same whatever is around it."""
 
