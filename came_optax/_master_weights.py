@@ -25,7 +25,7 @@ from came_optax._paths import KeyPath, path_name
 
 _REMAINDER: dict[int, Any] = {16: jnp.int8, 24: jnp.int8, 32: jnp.int16}
 _NAN = np.uint32(0x7FC00000)  # Its upper half is NaN in both dtypes.
-_DOWN = np.uint32(0)  # The threshold with which numbers are rounded down.
+_DOWN = np.uint32(0)  # The threshold with which magnitudes are rounded down.
 _GOLDEN_RATIO = np.uint32(0x9E3779B9)  # Its multiples over 2³² are spread evenly.
 
 
@@ -257,10 +257,6 @@ def _upcast(x: Any, p: Any) -> Any:
     return x.astype(jnp.float32) if _is_narrow(p) else x
 
 
-def _has_remainder(p: Any, bits: int) -> bool:
-    return _is_narrow(p) and bits > 16
-
-
 def _check(bits: int, path: KeyPath, p: Any, remainder: Any) -> None:
     """Raises unless a remainder is as ``init`` makes it for a parameter."""
     if not _is_narrow(p) and remainder.shape == p.shape != (1,):
@@ -269,7 +265,7 @@ def _check(bits: int, path: KeyPath, p: Any, remainder: Any) -> None:
             "a remainder of it: apply updates with optax.apply_updates, which casts "
             "sums to the parameters' dtype"
         )
-    shape = p.shape if _has_remainder(p, bits) else (1,)
+    shape = p.shape if _is_narrow(p) and bits > 16 else (1,)
     why = f"bits={bits}"
     check_array("remainder", path, remainder, shape, _REMAINDER[bits], p, why)
 
@@ -293,9 +289,9 @@ def _step(
 
 
 def _threshold(weight: jax.Array, bits: int, count: jax.Array) -> jax.Array:
-    """Returns below which part of a unit an element is rounded down in this step.
+    """Returns what is added to each magnitude before it is cut to so many bits.
 
-    It is evenly spread over the steps, from another start in each element.
+    It is spread evenly over the steps, from another start in each element.
     """
     if bits == 32:
         return jnp.asarray(_DOWN)
@@ -321,8 +317,7 @@ def _split(
       weight: float32, if ``dtype`` is narrower.
       dtype: the parameter's.
       bits: of both together.
-      threshold: what is added to the 32 bits of a weight before those are cut off that
-        are too many; uint32.
+      threshold: uint32, what is added to a magnitude before it is cut to ``bits``.
     """
     empty = jnp.zeros((1,), _REMAINDER[bits])
     if weight.dtype == dtype:
@@ -359,7 +354,7 @@ def _join(p: Any, remainder: jax.Array) -> jax.Array:
     joined = jax.lax.bitcast_convert_type(
         _float32_bits(magnitude, p.dtype) | sign, jnp.float32
     )
-    finite = jnp.isfinite(p) | (jnp.isinf(p) & (remainder < 0))
+    finite = jnp.isfinite(p) | (~jnp.isnan(p) & (remainder < 0))
     return jnp.where(finite, joined, weight)
 
 

@@ -14,7 +14,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from came_optax import BalancedSplit, came
+from came_optax import BalancedSplit, came, with_master_weights
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 OLD = sorted((FIXTURES / "checkpoints").iterdir())
@@ -90,6 +90,20 @@ def test_the_next_step_is_identical(
     chex.assert_trees_all_equal(
         update(PARAMS, restored, PARAMS), update(PARAMS, state, PARAMS), strict=True
     )
+
+
+@pytest.mark.parametrize(
+    "round_trip", [orbax_round_trip, flax_round_trip, equinox_round_trip]
+)
+def test_remainders_are_kept(
+    round_trip: Callable[..., Any], tmp_path: pathlib.Path
+) -> None:
+    params = optax.tree.cast(PARAMS, jnp.bfloat16)
+    tx = with_master_weights(came(1e-2, mu_dtype="int8"))
+    _, state = tx.update(params, tx.init(params), params)
+    assert jnp.any(state.remainder["kernel"] != 0)
+    restored = round_trip(state, tx.init(params), tmp_path)
+    chex.assert_trees_all_equal(restored, state, strict=True)
 
 
 def test_a_state_restored_without_its_types_is_refused(tmp_path: pathlib.Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from came_optax import (
@@ -14,6 +15,7 @@ from came_optax import (
     quantized_ema,
     steady_came,
     stochastic_apply_updates,
+    with_master_weights,
 )
 
 OPTIMIZERS = {
@@ -58,6 +60,18 @@ def test_updates(name: str) -> None:
     state, update = tx.init(params), jax.jit(tx.update)
     for step in range(3):
         _, state = update(gradients(step), state, params)
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.usefixtures("debugging")
+def test_weights(bits: int, dtype: Any) -> None:
+    largest = float(jnp.finfo(dtype).max)
+    params = jnp.array([0.0, -0.0, 1.0, -3.3, 1e-40, largest, -largest], dtype)
+    tx = with_master_weights(optax.sgd(1.0), bits)
+    for grads in (jnp.zeros_like(params), jnp.full_like(params, 1e-3)):
+        updates, _ = tx.update(grads, tx.init(params), params)
+        assert jnp.isfinite(updates).all()
 
 
 @pytest.mark.slow(but=2)

@@ -226,6 +226,7 @@ CHAINS = {
 }
 
 
+@pytest.mark.slow(but=3)
 @pytest.mark.parametrize("tx", CHAINS.values(), ids=CHAINS)
 def test_after_1000_steps_32_bits_are_the_float32_run(tx: Any) -> None:
     tx, start = compiled_apart(tx), gradients(0, jnp.float32)
@@ -353,6 +354,7 @@ AROUND = {
 INSIDE = AROUND | {"apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3)}
 
 
+@pytest.mark.slow(but=4)
 @pytest.mark.parametrize(
     ("wrap", "inside"),
     [(name, False) for name in AROUND] + [(name, True) for name in INSIDE],
