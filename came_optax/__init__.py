@@ -24,6 +24,8 @@ from came_optax._master_weights import (
     with_master_weights,
 )
 from came_optax._memory import StateMemory, state_memory
+from came_optax._muon import came_muon
+from came_optax._orthogonalize import orthogonalize
 from came_optax._quantized_ema import QuantizedEmaState, quantized_ema
 from came_optax._sharding import state_sharding
 from came_optax._stochastic_rounding import stochastic_apply_updates
@@ -47,9 +49,11 @@ __all__ = [
     "StateMemory",
     "__version__",
     "came",
+    "came_muon",
     "conversion_report",
     "convert_state",
     "master_weights",
+    "orthogonalize",
     "quantized_ema",
     "scale_by_came",
     "scale_by_confidence",

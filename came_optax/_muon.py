@@ -1,0 +1,244 @@
+"""Muon led by CAME's statistics for hidden matrices, CAME for everything else."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import optax
+from jax.typing import ArrayLike, DTypeLike
+
+from came_optax._algorithm import Hyperparameters
+from came_optax._boxes import unbox
+from came_optax._came import _add_decayed_weights, _rule, steady_came
+from came_optax._checks import KeyPath, check_mask, check_scalar, path_name
+from came_optax._factoring import (
+    BalancedSplit,
+    FactoredAxes,
+    FactoringRule,
+    _check_regex,
+    checked_axes,
+)
+from came_optax._momentum import MuDtype
+from came_optax._orthogonalize import orthogonalize
+from came_optax._transformation import transformation
+
+# What Flax, Haiku, Equinox, MaxText, Levanter and Hugging Face call embeddings,
+# positions, heads, and the vectors of norms and biases.
+_NOT_HIDDEN = re.compile(
+    r"""embed|wte|wpe|vocab
+    |(^|[/_])(abs|rel)?pos(ition|emb|enc|[/_]|$)
+    |(?<!multi)(?<!multi_)head(_\d+)?(/|$)|logit|classifi|(^|/)(predictions|score)(/|$)
+    |norm|(^|/)ln(_\w+|\d+)?(/|$)
+    |(^|[/_])(scale|bias|gamma|beta|offset|token)s?(_\d+)?$""",
+    re.VERBOSE | re.IGNORECASE,
+)
+# Several of them in one leaf are a stack, unless they are the norms of some heads.
+_NORM = re.compile(
+    r"(?<![qk]_)(?<![qk])(?<!query_)(?<!key_)norm|(^|/)ln(_\w+|\d+)?/", re.I
+)
+_EXPERTS = re.compile(r"expert|(^|[/_])moe", re.IGNORECASE)
+
+
+def came_muon(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: ArrayLike = 0.95,
+    b2: ArrayLike = 0.95,
+    b3: ArrayLike = 0.9999,
+    eps1: ArrayLike = 1e-30,
+    eps2: ArrayLike = 0.1,
+    clipping_threshold: ArrayLike | None = 1.0,
+    weight_decay: float | jax.Array = 0.0,
+    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
+    *,
+    hidden: str | Any | Callable[[optax.Params], Any] | None = None,
+    rest_learning_rate_scale: ArrayLike = 1.0,
+    factoring: FactoringRule = BalancedSplit(),
+    mu_dtype: MuDtype = "int8",
+    nesterov: bool = True,
+    bias_correction: bool = True,
+    ns_coeffs: str | Sequence[Sequence[float]] = "standard",
+    consistent_rms: ArrayLike | None = 0.2,
+    dtype: DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Muon's loss on a byte of state a parameter: CAME's update, orthogonalised.
+
+    Hidden matrices are updated by :func:`scale_by_came`, whose update is then brought
+    to orthogonality (:func:`orthogonalize`); embeddings, heads, positions and vectors
+    by :func:`steady_came`. In 8 bits, both take about 1 byte of state a parameter;
+    ``optax.contrib.muon`` takes 4 for hidden matrices and 8 for the rest.
+
+    Which leaves are hidden matrices is told by names and by the factoring rule, if
+    ``hidden`` doesn't say. Look at what was chosen before a long run:
+    ``print(state_memory(came_muon(...), params).by_leaf_table())``.
+
+    - By name, these are left out: embeddings (``embed``, ``wte``, ``wpe``, ``vocab``),
+      positions (``pos``, ``position``, ``posemb``), heads (``head``, ``lm_head``,
+      ``logits``, ``classifier``, ``predictions``, ``score``), norms (``norm``, ``ln``)
+      and what is called ``scale``, ``bias``, ``gamma``, ``beta``, ``offset`` or
+      ``token``.
+    - So is all that the rule doesn't factor, and what has one row or one column: a
+      vector, or with ``Stacked`` a stack of vectors.
+    - Norms of several layers in one leaf that the rule doesn't know for a stack, and
+      experts in one leaf that it reads as one matrix, are an error.
+
+    Args:
+      learning_rate: step size, a number or a schedule; that of AdamW to a few times it.
+      b1: decay rate of the hidden matrices' momentum; 0 ≤ b1 < 1.
+      b2: decay rate of their second moment; 0 ≤ b2 < 1.
+      b3: decay rate of their instability; 0 ≤ b3 < 1.
+      eps1: added to their squared gradient; ≥ 1e-30.
+      eps2: added to their instability; ≥ 1e-30.
+      clipping_threshold: largest root mean square of their normalised gradient; > 0, or
+        None.
+      weight_decay: decoupled weight decay of all leaves, multiplied by their learning
+        rate; if not 0, ``update`` needs ``params``.
+      weight_decay_mask: a tree of bools (or a function from parameters to one) that is
+        True where weight decay applies.
+      hidden: which leaves are hidden matrices: a regular expression, searched in each
+        leaf's path written as ``"blocks/0/up/kernel"``, a tree of bools (or a prefix of
+        one), or a function from parameters to one. It must name at least one leaf, and
+        none that the rule does not factor.
+      rest_learning_rate_scale: the learning rate of all other leaves, as a multiple of
+        ``learning_rate``; ≥ 0.
+      factoring: which axes of each leaf are rows and columns, of its statistics and of
+        the matrix that is orthogonalised. ``BalancedSplit()`` reads attention kernels
+        and convolutions as the matrices that they are. ``Stacked(BalancedSplit())``
+        is for layers stacked by ``nn.scan`` and ``nnx.scan``, and for experts.
+      mu_dtype: how momentum is stored, of all leaves: None or float32, bfloat16, int8
+        or int4, as a dtype or its name.
+      nesterov: whether the hidden matrices' update looks one step ahead.
+      bias_correction: whether their averages are corrected for their start at zero.
+      ns_coeffs: the iteration's coefficients; see :func:`orthogonalize`.
+      consistent_rms: root mean square of a hidden matrix's update, before learning rate
+        and weight decay; see :func:`orthogonalize`.
+      dtype: the iteration's; see :func:`orthogonalize`.
+
+    Returns:
+      The optimizer. Its state is that of an ``optax.partition`` into ``"hidden"`` and
+      ``"rest"``; its updates have the parameters' dtype.
+
+    Raises:
+      ValueError: an argument or a leaf's axes are out of range, or ``hidden`` names no
+        leaf, or one that is no matrix.
+      TypeError: integer leaves, or a state that another transformation made.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from came_optax import came_muon, state_memory
+      >>> params = {
+      ...     "embed": jnp.ones((512, 64)),
+      ...     "up": {"kernel": jnp.ones((64, 256)), "bias": jnp.zeros(256)},
+      ... }
+      >>> tx = came_muon(1e-2, weight_decay=0.1)
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> params = optax.apply_updates(params, updates)
+
+    References:
+      Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon/>`_, 2024; Liu et
+      al., `Muon is scalable for LLM training <https://arxiv.org/abs/2502.16982>`_,
+      2025; Luo et al., `CAME <https://arxiv.org/abs/2307.02047>`_, 2023.
+    """
+    check_scalar(
+        "rest_learning_rate_scale", rest_learning_rate_scale, at_least=0, below=math.inf
+    )
+    if not callable(learning_rate):
+        check_scalar("learning_rate", learning_rate, at_least=0, below=math.inf)
+    if isinstance(hidden, str):
+        _check_regex(hidden, "hidden")
+
+    # The form: what comes before the orthogonalisation of hidden matrices, and after.
+    matrices = transformation(
+        _rule(
+            "came_muon",
+            Hyperparameters(b1, b2, b3, eps1, eps2, clipping_threshold, None, nesterov),
+            bias_correction,
+            factoring,
+            mu_dtype,
+        ),
+        orthogonalize(
+            factoring=factoring,
+            ns_coeffs=ns_coeffs,
+            consistent_rms=consistent_rms,
+            dtype=dtype,
+        ),
+        _add_decayed_weights(weight_decay, weight_decay_mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    rest = steady_came(
+        _scaled(learning_rate, rest_learning_rate_scale),
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        factoring=factoring,
+        mu_dtype=mu_dtype,
+    )
+
+    def label(params: optax.Params) -> Any:
+        chosen = _hidden(unbox(params), hidden, factoring)
+        return jax.tree.map(lambda is_hidden: "hidden" if is_hidden else "rest", chosen)
+
+    return optax.partition({"hidden": matrices, "rest": rest}, label)
+
+
+def _scaled(learning_rate: Any, scale: Any) -> Any:
+    if callable(learning_rate):
+        return lambda count: scale * learning_rate(count)
+    return scale * learning_rate
+
+
+def _hidden(params: Any, hidden: Any, factoring: FactoringRule) -> Any:
+    """Returns a tree of bools that says which leaves are hidden matrices."""
+    if hidden is None:
+        return jax.tree.map_with_path(
+            lambda path, p: _is_hidden_by_name(path, p.shape, factoring), params
+        )
+    if isinstance(hidden, str):
+        mask = jax.tree.map_with_path(
+            lambda path, _: bool(re.search(hidden, path_name(path))), params
+        )
+    else:
+        mask = hidden(params) if callable(hidden) else hidden
+        check_mask("hidden", mask, params)
+        mask = jax.tree.broadcast(unbox(mask), params)
+    if jax.tree.leaves(params) and not any(jax.tree.leaves(mask)):
+        names = [path_name(path) for path, _ in jax.tree.leaves_with_path(params)]
+        raise ValueError(f"hidden={hidden!r} names none of the leaves {names}")
+
+    def check(path: KeyPath, is_hidden: Any, p: Any) -> None:
+        if is_hidden and not _axes(path, p.shape, factoring).factored:
+            raise ValueError(
+                f"hidden={hidden!r} names leaf {path_name(path)!r} of shape {p.shape}, "
+                f"which is no matrix to {factoring!r}"
+            )
+
+    jax.tree.map_with_path(check, mask, params)
+    return mask
+
+
+def _axes(path: KeyPath, shape: tuple[int, ...], rule: FactoringRule) -> FactoredAxes:
+    return checked_axes(rule.axes(path, shape), path, shape)
+
+
+def _is_hidden_by_name(
+    path: KeyPath, shape: tuple[int, ...], factoring: FactoringRule
+) -> bool:
+    """Returns whether a leaf is a hidden matrix, if ``hidden`` doesn't say."""
+    name, axes = path_name(path), _axes(path, shape, factoring)
+    one_matrix = axes.factored and len(axes.row + axes.col) == len(shape)
+    if _NORM.search(name) and one_matrix:
+        kind = "the norms of several layers"
+    elif _EXPERTS.search(name) and one_matrix and len(shape) > 2:
+        kind = "several experts"
+    else:
+        sizes = [math.prod(shape[a] for a in some) for some in (axes.row, axes.col)]
+        is_matrix = axes.factored and min(sizes) > 1
+        return is_matrix and not _NOT_HIDDEN.search(name)
+    raise ValueError(
+        f"leaf {name!r} of shape {shape} seems to hold {kind}, but {factoring!r} reads "
+        "it as one matrix, and would so read their kernels: say which axis is stacked "
+        "with factoring=Stacked(BalancedSplit(), axis=..., where=...), or which leaves "
+        "are hidden matrices with hidden=..."
+    )
