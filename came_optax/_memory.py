@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -35,6 +36,8 @@ class StateMemory:
       shapes: each parameter's shape.
       rows: the shape of the row statistic of each parameter that has one.
       cols: the shape of the column statistic of each parameter that has one.
+      groups: the label of each parameter that ``optax.partition`` gave one, such as
+        ``"hidden"`` and ``"rest"`` in :func:`came_muon`.
     """
 
     total: int
@@ -47,6 +50,7 @@ class StateMemory:
     shapes: Mapping[str, Shape]
     rows: Mapping[str, Shape]
     cols: Mapping[str, Shape]
+    groups: Mapping[str, str]
 
     @property
     def bytes_per_param(self) -> float:
@@ -69,7 +73,8 @@ class StateMemory:
 
         It shows what a factoring rule made of each leaf: the matrix ``(d | heads *
         head_dim)``, for one, has rows ``d`` and columns ``heads×head_dim``. An axis in
-        both is one of a batch of matrices. Leaves without rows aren't factored.
+        both is one of a batch of matrices. Leaves without rows aren't factored. Where
+        ``optax.partition`` is used, as in :func:`came_muon`, leaves have a group.
 
         Example:
           >>> import jax, jax.numpy as jnp
@@ -87,13 +92,17 @@ class StateMemory:
           total                                  1,179,648    1,309,452        1.110
         """
         head = "shape", "rows", "columns", "parameters", "state bytes", "bytes/param"
-        rows: list[tuple[str, ...]] = [("", *head)]
+        rows: list[tuple[str, ...]] = [("", "group", *head)]
         for name, size in self.by_leaf.items():
             shapes = (x.get(name) for x in (self.shapes, self.rows, self.cols))
             number = math.prod(self.shapes[name]) if name in self.shapes else 0
-            rows.append((name, *map(_times, shapes), *_counts(number, size)))
+            group = self.groups.get(name, "")
+            rows.append((name, group, *map(_times, shapes), *_counts(number, size)))
         total = _counts(self.num_params, self.total)
-        return "\n".join(_aligned([*rows, ("total", "", "", "", *total)]))
+        rows.append(("total", "", "", "", "", *total))
+        if not self.groups:
+            rows = [(name, *numbers) for name, _, *numbers in rows]
+        return "\n".join(_aligned(rows))
 
 
 def state_memory(tx: optax.GradientTransformation, params: Any) -> StateMemory:
@@ -136,6 +145,7 @@ def state_memory(tx: optax.GradientTransformation, params: Any) -> StateMemory:
     by_module: collections.Counter[str] = collections.Counter()
     by_dtype: collections.Counter[str] = collections.Counter()
     of_field: dict[str, dict[str, Shape]] = collections.defaultdict(dict)
+    groups: dict[str, str] = {}
     # Without boxes, leaves are called as factoring rules see them.
     state = unbox(jax.eval_shape(tx.init, params))
     for path, x in jax.tree.leaves_with_path(state):
@@ -145,6 +155,9 @@ def state_memory(tx: optax.GradientTransformation, params: Any) -> StateMemory:
         by_module[module] += _bytes(x)
         by_dtype[str(x.dtype)] += _bytes(x)
         of_field[field].setdefault(leaf, x.shape)
+        for key, label in itertools.pairwise(path if param is not None else ()):
+            if isinstance(key, jax.tree_util.GetAttrKey) and key.name == "inner_states":
+                groups[leaf] = path_name((label,))
     rows, cols = (
         {**of_field[f"s_{side}"], **of_field[f"v_{side}"]} for side in ("row", "col")
     )
@@ -162,6 +175,7 @@ def state_memory(tx: optax.GradientTransformation, params: Any) -> StateMemory:
         shapes={names[path][0]: p.shape for path, p in leaves.items()},
         rows={leaf: rows[leaf] for leaf in factored},
         cols={leaf: cols[leaf] for leaf in factored},
+        groups=groups,
     )
 
 

@@ -72,8 +72,8 @@ def came_muon(
     ``optax.contrib.muon`` takes 4 for hidden matrices and 8 for the rest.
 
     Which leaves are hidden matrices is told by names and by the factoring rule, if
-    ``hidden`` doesn't say. Look at what was chosen before a long run:
-    ``print(state_memory(came_muon(...), params).by_leaf_table())``.
+    ``hidden`` doesn't say. Before a long run, look at what was chosen, as the example
+    does.
 
     - By name, these are left out: embeddings (``embed``, ``wte``, ``wpe``, ``vocab``),
       positions (``pos``, ``position``, ``posemb``), heads (``head``, ``lm_head``,
@@ -136,6 +136,13 @@ def came_muon(
       >>> tx = came_muon(1e-2, weight_decay=0.1)
       >>> updates, state = tx.update(params, tx.init(params), params)
       >>> params = optax.apply_updates(params, updates)
+      >>> print(state_memory(tx, params).by_leaf_table())
+                  group   shape  rows  columns  parameters  state bytes  bytes/param
+      embed        rest  512×64   512       64      32,768       39,684        1.211
+      up/kernel  hidden  64×256    64      256      16,384       20,228        1.235
+      up/bias      rest     256                        256        2,064        8.062
+      (other)                                                         8
+      total                                         49,408       61,984        1.255
 
     References:
       Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon/>`_, 2024; Liu et

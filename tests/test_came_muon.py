@@ -1,5 +1,7 @@
 """came_muon: which leaves it takes for hidden matrices, and what it does to them."""
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from came_optax import (
     came_muon,
     orthogonalize,
     scale_by_came,
+    state_memory,
     steady_came,
 )
 
@@ -214,6 +217,18 @@ def test_arguments_are_checked(options, message):
 def test_no_parameters_are_no_error():
     tx = came_muon(1e-2)
     assert tx.update({}, tx.init({}), {})[0] == {}
+
+
+def test_the_choice_is_in_the_table_of_leaves():
+    memory = state_memory(came_muon(1e-2), normal(SHAPES))
+    chosen = {leaf for leaf, group in memory.groups.items() if group == "hidden"}
+    assert chosen == HIDDEN
+    assert memory.groups.keys() == SHAPES.keys()
+    table = memory.by_leaf_table()
+    assert re.search(r"blocks/query/kernel +hidden +64×4×16 +64 +4×16 ", table)
+    assert re.search(r"wte/embedding +rest +96×64 ", table)
+    unlabelled = state_memory(steady_came(1e-2), normal(SHAPES)).by_leaf_table()
+    assert "group" not in unlabelled
 
 
 @pytest.mark.parametrize("mu_dtype", ["float32", "int8"])
