@@ -63,6 +63,7 @@ def came_muon(
     ns_coeffs: str | Sequence[Sequence[float]] = "standard",
     consistent_rms: ArrayLike | None = 0.2,
     dtype: DTypeLike | None = None,
+    params_sharding: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Muon's loss on a byte of state a parameter: CAME's update, orthogonalised.
 
@@ -116,6 +117,8 @@ def came_muon(
       consistent_rms: root mean square of a hidden matrix's update, before learning rate
         and weight decay; see :func:`orthogonalize`.
       dtype: the iteration's; see :func:`orthogonalize`.
+      params_sharding: the parameters' on a mesh of ``Auto`` axes, so that its devices
+        share the iteration; see :func:`orthogonalize`.
 
     Returns:
       The optimizer. Its state is that of an ``optax.partition`` into ``"hidden"`` and
@@ -171,6 +174,7 @@ def came_muon(
             ns_coeffs=ns_coeffs,
             consistent_rms=consistent_rms,
             dtype=dtype,
+            params_sharding=params_sharding,
         ),
         _add_decayed_weights(weight_decay, weight_decay_mask),
         optax.scale_by_learning_rate(learning_rate),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
-from typing import Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from came_optax._arrays import wide_dtype
@@ -27,8 +29,12 @@ from came_optax._factoring import (
     check_rule,
     checked_axes,
 )
-
-Coefficients: TypeAlias = tuple[tuple[float, float, float], ...]
+from came_optax._newton_schulz import (
+    Coefficients,
+    polar_factors,
+    polar_factors_on_mesh,
+)
+from came_optax._sharding import _is_sharding
 
 # Of x ↦ ax + bx³ + cx⁵, one triple for each step.
 _PRESETS: dict[str, Coefficients] = {
@@ -53,6 +59,7 @@ def orthogonalize(
     ns_coeffs: str | Sequence[Sequence[float]] = "standard",
     consistent_rms: ArrayLike | None = 0.2,
     dtype: DTypeLike | None = None,
+    params_sharding: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Brings all singular values of each leaf's matrix near 1, as Muon does.
 
@@ -87,6 +94,11 @@ def orthogonalize(
       dtype: of the iteration. None means bfloat16 on GPUs and TPUs and float32 on CPUs,
         where products in bfloat16 are slow; what is wider stays that wide: float64
         leaves are float64, complex ones complex.
+      params_sharding: how the parameters are sharded over a mesh of ``Auto`` axes, as
+        in :func:`state_sharding`. With it each matrix is iterated on one device, and
+        all devices share the matrices; they are exchanged twice, in ``dtype``. Without
+        it, each device does all the work, or exchanges something in each product. On
+        ``Explicit`` axes the types of the updates tell, and this isn't needed.
 
     Returns:
       A transformation without state, whose updates have the dtype that it is given.
@@ -117,6 +129,10 @@ def orthogonalize(
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be a real floating dtype or None, got {dtype!r}")
 
+    sharding = dict(
+        jax.tree.leaves_with_path(unbox(params_sharding), is_leaf=_is_sharding)
+    )
+
     def init_fn(params: optax.Params) -> optax.EmptyState:
         jax.tree.map_with_path(matrix_axes, unbox(params))
         return optax.EmptyState()
@@ -129,8 +145,50 @@ def orthogonalize(
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
         check_inexact("updates", updates)
-        new = jax.tree.map_with_path(orthogonalize_leaf, unbox(updates))
+        paths, leaves = [], []
+        for path, x in jax.tree.leaves_with_path(unbox(updates)):
+            paths.append(path)
+            leaves.append(jnp.asarray(x))
+        if not leaves:
+            return updates, state
+        axes = list(map(matrix_axes, paths, leaves))
+        polar = polar_factors_of(leaves, axes, *_placement(paths, leaves, sharding))
+        new = [
+            (y * jnp.asarray(scale(y.shape, leaf_axes), y.dtype)).astype(x.dtype)
+            for x, y, leaf_axes in zip(leaves, polar, axes, strict=True)
+        ]
         return box_like(updates, new), state
+
+    def polar_factors_of(
+        leaves: list[jax.Array], axes: list[FactoredAxes], mesh: Any, specs: list[Any]
+    ) -> list[jax.Array]:
+        def in_dtype(default: Any, *leaves: jax.Array) -> list[jax.Array]:
+            dtypes = [_iteration_dtype(x, dtype, default) for x in leaves]
+            if mesh is None:
+                return polar_factors(leaves, axes, dtypes, coeffs)
+            # Within auto_axes there is no axis that is Explicit any more.
+            auto_mesh = jax.sharding.get_abstract_mesh() if explicit else mesh
+            return polar_factors_on_mesh(leaves, axes, dtypes, coeffs, auto_mesh, specs)
+
+        def by_platform(*leaves: jax.Array) -> list[jax.Array]:
+            if dtype is not None:
+                return in_dtype(dtype, *leaves)
+            polar: list[jax.Array] = jax.lax.platform_dependent(
+                *leaves,
+                cpu=functools.partial(in_dtype, jnp.float32),
+                default=functools.partial(in_dtype, jnp.bfloat16),
+            )
+            return polar
+
+        explicit = () if mesh is None else mesh.explicit_axes
+        if not explicit:
+            return by_platform(*leaves)
+        types: list[Any] = [jax.typeof(x).sharding for x in leaves]
+        on_auto_axes: Any = jax.sharding.auto_axes(
+            by_platform, axes=explicit, out_sharding=types
+        )
+        polar: list[jax.Array] = on_auto_axes(*leaves)
+        return polar
 
     def matrix_axes(path: KeyPath, x: Any) -> FactoredAxes:
         axes = checked_axes(factoring.axes(path, x.shape), path, x.shape)
@@ -142,89 +200,61 @@ def orthogonalize(
             )
         return axes
 
-    def orthogonalize_leaf(path: KeyPath, x: jax.Array) -> jax.Array:
-        axes = matrix_axes(path, x)
-        if x.size == 0:
-            return x
+    def scale(shape: tuple[int, ...], axes: FactoredAxes) -> ArrayLike:
         rows, cols = (
-            math.prod(x.shape[a] for a in some) for some in (axes.row, axes.col)
+            math.prod(shape[a] for a in some) for some in (axes.row, axes.col)
         )
         if consistent_rms is None:
-            scale: ArrayLike = math.sqrt(max(1, cols / rows))
-        else:
-            scale = consistent_rms * math.sqrt(max(rows, cols))
-        matrices = as_matrices(x, axes)
-        if dtype is None and wide_dtype(x.dtype) == jnp.float32:
-            polar = jax.lax.platform_dependent(
-                matrices,
-                cpu=lambda x: newton_schulz(x, coeffs, jnp.float32),
-                default=lambda x: newton_schulz(x, coeffs, jnp.bfloat16),
-            )
-        else:
-            polar = newton_schulz(matrices, coeffs, dtype)
-        scaled = polar * jnp.asarray(scale, polar.dtype)
-        return from_matrices(scaled, x.shape, axes).astype(x.dtype)
+            return math.sqrt(max(1, cols / rows))
+        return consistent_rms * math.sqrt(max(rows, cols))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def newton_schulz(
-    x: jax.Array, coeffs: Coefficients, dtype: DTypeLike | None = None
-) -> jax.Array:
-    """Returns near polar factors of matrices: (batch, rows, columns), rows ≤ columns.
-
-    Args:
-      x: the matrices.
-      coeffs: the iteration's, one triple a step.
-      dtype: the iteration's; None for the matrices' own, float32 at least. Complex ones
-        keep theirs.
-
-    Returns:
-      What has the shape of ``x``, float32 or wider.
-    """
+def _iteration_dtype(x: jax.Array, given: DTypeLike | None, default: DTypeLike) -> Any:
+    """Returns the dtype that a leaf's matrices are iterated in."""
     wide = wide_dtype(x.dtype)
-    if dtype is None or jnp.iscomplexobj(x):
-        dtype = wide
-    x = x.astype(wide)
-    # Twice, as squares of 1e-30 and 1e30 are beyond float32, and first by roots, as the
-    # reciprocal of 1e38 is.
-    largest = jnp.max(jnp.abs(x), axis=(1, 2), keepdims=True)
-    root = jax.lax.rsqrt(jnp.where(largest < jnp.finfo(wide).tiny, 1, largest))
-    x = x * root.astype(wide) * root.astype(wide)
-    square = jnp.sum(jnp.real(x * jnp.conj(x)), axis=(1, 2), keepdims=True)
-    norm = jnp.sqrt(jnp.maximum(square, 1))  # 1 or more, or of zeros.
-    x = (x / norm.astype(wide)).astype(dtype)
-    for a, b, c in coeffs:
-        gram = x @ jnp.conj(x.mT)
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x.astype(wide)
+    if jnp.issubdtype(wide, jnp.complexfloating):
+        return wide
+    if given is not None:
+        return given
+    return default if wide == jnp.float32 else wide
 
 
-def as_matrices(x: jax.Array, axes: FactoredAxes) -> jax.Array:
-    """Returns a leaf's matrices: (batch, rows, columns), or columns first if fewer."""
-    order, sizes = _order(x.shape, axes)
-    return x.transpose(order).reshape(sizes)
+def _placement(
+    paths: list[KeyPath], leaves: list[jax.Array], given: Mapping[KeyPath, Any]
+) -> tuple[Any, list[PartitionSpec]]:
+    """Returns the mesh to share the work on, or None, and the leaves' specs.
 
-
-def from_matrices(
-    matrices: jax.Array, shape: tuple[int, ...], axes: FactoredAxes
-) -> jax.Array:
-    """Returns the leaf of such a shape that has these matrices."""
-    order, _ = _order(shape, axes)
-    return matrices.reshape([shape[a] for a in order]).transpose(np.argsort(order))
-
-
-def _order(
-    shape: tuple[int, ...], axes: FactoredAxes
-) -> tuple[tuple[int, ...], tuple[int, int, int]]:
-    """Returns the axes in the order of (batch, short, long), and these sizes."""
-
-    def size(axes: tuple[int, ...]) -> int:
-        return math.prod(shape[a] for a in axes)
-
-    short, long = sorted((axes.row, axes.col), key=size)
-    batch = tuple(a for a in range(len(shape)) if a not in short + long)
-    return batch + short + long, (size(batch), size(short), size(long))
+    On Explicit axes the leaves' types tell; on Auto ones nothing does within jit.
+    """
+    mesh: Any = jax.sharding.get_abstract_mesh()
+    types: list[Any] = [jax.typeof(x).sharding for x in leaves]
+    if mesh.empty:
+        mesh = next((t.mesh for t in types if not t.mesh.empty), mesh)
+    if mesh.explicit_axes:
+        return mesh, [t.spec for t in types]
+    if not given:
+        return None, []
+    shardings = []
+    for path in paths:
+        prefixes = (path[:i] for i in range(len(path), -1, -1))
+        sharding = next((given[p] for p in prefixes if p in given), None)
+        if sharding is None:
+            raise ValueError(
+                f"params_sharding has nothing for leaf {path_name(path)!r}"
+            )
+        shardings.append(sharding)
+    meshes = [s.mesh for s in shardings if isinstance(s, NamedSharding)]
+    if mesh.empty and not meshes:
+        raise ValueError(
+            "params_sharding of PartitionSpecs needs a mesh: enter one with "
+            "jax.set_mesh(mesh), or give NamedShardings"
+        )
+    mesh = meshes[0] if mesh.empty else mesh
+    if mesh.size == 1 or AxisType.Manual in mesh.axis_types:  # In shard_map.
+        return None, []
+    return mesh, [getattr(s, "spec", s) for s in shardings]
 
 
 def _checked_coeffs(ns_coeffs: Any) -> Coefficients:

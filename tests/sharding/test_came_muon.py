@@ -1,0 +1,173 @@
+"""Orthogonalisation shared by the devices of a mesh, and boxes of other libraries."""
+
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from came_optax import (
+    BalancedSplit,
+    LastTwoAxes,
+    Stacked,
+    came_muon,
+    orthogonalize,
+    state_sharding,
+)
+from compiling.collectives import collectives
+
+# A leaf's shape, and its spec, on axes of sizes 4 and 2.
+LEAVES = {
+    "up": ((16, 24), P("fsdp", "tensor")),
+    "up again": ((16, 24), P("fsdp", "tensor")),
+    "up elsewhere": ((16, 24), P(None, "fsdp")),
+    "down": ((24, 16), P("tensor", "fsdp")),
+    "query": ((16, 4, 4), P("fsdp", "tensor")),
+    "output": ((4, 4, 16), P("tensor", None, "fsdp")),
+    "square": ((16, 16), P(("fsdp", "tensor"))),
+    "replicated": ((16, 8), P()),
+    "layers": ((3, 16, 24), P(None, "fsdp", "tensor")),
+    "stages": ((4, 16, 24), P("fsdp", None, "tensor")),
+    "head_size": ((16, 2, 8), P("fsdp", None, "tensor")),
+    "experts": ((2, 4, 8, 16), P(None, "fsdp", "tensor")),
+}
+RULE = Stacked(BalancedSplit(), where="layers|stages|experts")
+RULE = Stacked(RULE, where="experts")
+
+
+def make_leaves(mesh=None):
+    rng = np.random.default_rng(0)
+
+    def leaf(shape, spec):
+        x = rng.normal(size=shape).astype(np.float32)
+        return x if mesh is None else jax.device_put(x, NamedSharding(mesh, spec))
+
+    return {name: leaf(*of_leaf) for name, of_leaf in LEAVES.items()}
+
+
+def shardings_of(tree):
+    return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def types(tree):
+    return jax.tree.map(lambda x: str(jax.typeof(x)), tree)
+
+
+def update_twice(tx, params):
+    state = tx.init(params)
+    for factor in (1.0, -0.5):
+        grads = jax.tree.map(lambda p, f=factor: f * p + p**2, params)
+        updates, state = tx.update(grads, state, params)
+    return updates, state
+
+
+@pytest.mark.parametrize("kind", ["auto", "explicit", "explicit eager"])
+def test_a_mesh_gives_the_polar_factors_of_one_device(kind, auto_mesh, explicit_mesh):
+    plain, whole = orthogonalize(factoring=RULE), make_leaves()
+    expected, _ = jax.jit(plain.update)(whole, plain.init(whole))
+    mesh = (auto_mesh if kind == "auto" else explicit_mesh)(fsdp=4, tensor=2)
+    leaves = make_leaves(mesh)
+    given = shardings_of(leaves) if kind == "auto" else None
+    tx = orthogonalize(factoring=RULE, params_sharding=given)
+    update = tx.update if kind == "explicit eager" else jax.jit(tx.update)
+    result, _ = update(leaves, tx.init(leaves))
+    assert types(result) == types(leaves)
+    chex.assert_trees_all_close(
+        jax.tree.map(np.asarray, result), jax.tree.map(np.asarray, expected), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_came_muon_on_a_mesh_is_that_of_one_device(kind, auto_mesh, explicit_mesh):
+    options = {"factoring": RULE, "mu_dtype": "float32", "weight_decay": 0.1}
+    plain, whole = came_muon(1e-2, **options), make_leaves()
+    expected = jax.jit(update_twice, static_argnums=0)(plain, whole)
+    mesh = (auto_mesh if kind == "auto" else explicit_mesh)(fsdp=4, tensor=2)
+    params = make_leaves(mesh)
+    shardings, tx, placed = shardings_of(params), plain, None
+    if kind == "auto":
+        tx = came_muon(1e-2, params_sharding=shardings, **options)
+        placed = shardings, state_sharding(tx, params, shardings)
+    result = jax.jit(update_twice, static_argnums=0, out_shardings=placed)(tx, params)
+    chex.assert_trees_all_close(
+        *(jax.tree.map(np.asarray, tree) for tree in (result, expected)),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_on_explicit_axes_the_types_of_the_state_are_stable(explicit_mesh):
+    params = make_leaves(explicit_mesh(fsdp=4, tensor=2))
+    tx = came_muon(1e-2, factoring=RULE, weight_decay=0.1)
+    state = jax.eval_shape(tx.init, params)
+    updates, new_state = jax.eval_shape(tx.update, params, state, params)
+    assert types(new_state) == types(state)
+    assert types(updates) == types(params)
+
+
+def test_inside_shard_map_matrices_are_local(auto_mesh):
+    mesh = auto_mesh(fsdp=4, tensor=2)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 16, 12)), jnp.float32)
+    tx = orthogonalize(
+        factoring=LastTwoAxes(), params_sharding=NamedSharding(mesh, P("fsdp"))
+    )
+    of_shards = jax.shard_map(
+        lambda x: tx.update(x, optax.EmptyState())[0],
+        mesh=mesh,
+        in_specs=P("fsdp"),
+        out_specs=P("fsdp"),
+    )
+    expected, _ = tx.update(np.asarray(x), optax.EmptyState())
+    chex.assert_trees_all_close(jax.jit(of_shards)(x), expected, atol=1e-5)
+
+
+LAYER = {"q": (32, 32), "o": (32, 32), "up": (32, 64), "down": (64, 32)}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "spec_of", "exchanges"),
+    [
+        # Into and out of two stacks, of (32, 32) and of (32, 64).
+        ({"fsdp": 8}, lambda name: P("fsdp"), 8),
+        (
+            {"fsdp": 4, "tensor": 2},
+            lambda name: P(*("fsdp", "tensor")[:: 1 if name in ("q", "up") else -1]),
+            8,
+        ),
+        ({"data": 8}, lambda name: P(), 0),
+    ],
+    ids=["fsdp", "fsdp and tensor", "data"],
+)
+@pytest.mark.parametrize("layers", [2, 8])
+def test_exchanges_do_not_grow_with_the_layers(
+    auto_mesh, sizes, spec_of, exchanges, layers
+):
+    mesh = auto_mesh(**sizes)
+    params = [
+        {
+            name: jax.ShapeDtypeStruct(
+                shape, jnp.float32, sharding=NamedSharding(mesh, spec_of(name))
+            )
+            for name, shape in LAYER.items()
+        }
+    ] * layers
+    shardings = shardings_of(params)
+    tx = orthogonalize(params_sharding=shardings)
+    step = jax.jit(
+        lambda x: tx.update(x, optax.EmptyState())[0], out_shardings=shardings
+    )
+    compiled = step.lower(params).compile()
+    found = collectives(compiled.as_text())
+    received = sum(c.bytes for c in found)
+    whole = 4 * sum(p.size for p in jax.tree.leaves(params))
+    if not exchanges:  # The results go to all.
+        assert {c.kind for c in found} == {"all-gather"}
+        assert len(found) <= 2
+        return
+    assert {c.kind for c in found} == {"all-to-all"}
+    assert len(found) <= exchanges
+    assert received <= 2 * len(sizes) * max(whole, 8 / layers * whole) / 8
