@@ -25,6 +25,7 @@ from came_optax._master_weights import (
 )
 from came_optax._memory import StateMemory, state_memory
 from came_optax._muon import came_muon
+from came_optax._muon_dimensions import ByMuonDimensionNumbers
 from came_optax._orthogonalize import orthogonalize
 from came_optax._quantized_ema import QuantizedEmaState, quantized_ema
 from came_optax._sharding import state_sharding
@@ -33,6 +34,7 @@ from came_optax._version import __version__
 
 __all__ = [
     "BalancedSplit",
+    "ByMuonDimensionNumbers",
     "ByPath",
     "Codes",
     "ConversionReport",

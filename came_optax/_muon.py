@@ -14,7 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 from came_optax._algorithm import Hyperparameters
 from came_optax._boxes import unbox
 from came_optax._came import _add_decayed_weights, _rule, steady_came
-from came_optax._checks import KeyPath, check_mask, check_scalar, path_name
+from came_optax._checks import check_mask, check_scalar
 from came_optax._factoring import (
     BalancedSplit,
     FactoredAxes,
@@ -24,6 +24,7 @@ from came_optax._factoring import (
 )
 from came_optax._momentum import MuDtype
 from came_optax._orthogonalize import orthogonalize
+from came_optax._paths import KeyPath, path_name
 from came_optax._transformation import transformation
 
 # What Flax, Haiku, Equinox, MaxText, Levanter and Hugging Face call embeddings,

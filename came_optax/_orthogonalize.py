@@ -16,12 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from came_optax._arrays import wide_dtype
 from came_optax._boxes import box_like, unbox
-from came_optax._checks import (
-    KeyPath,
-    check_inexact,
-    check_threshold,
-    path_name,
-)
+from came_optax._checks import check_inexact, check_threshold
 from came_optax._factoring import (
     BalancedSplit,
     FactoredAxes,
@@ -34,6 +29,7 @@ from came_optax._newton_schulz import (
     polar_factors,
     polar_factors_on_mesh,
 )
+from came_optax._paths import KeyPath, path_name
 from came_optax._sharding import _is_sharding
 
 # Of x ↦ ax + bx³ + cx⁵, one triple for each step.

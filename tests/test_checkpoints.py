@@ -14,7 +14,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from came_optax import BalancedSplit, came, with_master_weights
+from came_optax import BalancedSplit, came, came_muon, with_master_weights
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 OLD = sorted((FIXTURES / "checkpoints").iterdir())
@@ -31,6 +31,7 @@ OPTIMIZERS: dict[str, optax.GradientTransformationExtraArgs] = {
         bias_correction=True,
     ),
     "int8": came(1e-2, mu_dtype="int8"),
+    "came_muon": came_muon(1e-2, weight_decay=0.1),
     "int4": came(1e-2, mu_dtype="int4", factoring=BalancedSplit()),
     "injected": optax.inject_hyperparams(came)(1e-2),
     "guarded": optax.apply_if_finite(came(1e-2), max_consecutive_errors=3),

@@ -1,12 +1,15 @@
 """Orthogonalisation shared by the devices of a mesh, and boxes of other libraries."""
 
+import warnings
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -171,3 +174,76 @@ def test_exchanges_do_not_grow_with_the_layers(
     assert {c.kind for c in found} == {"all-to-all"}
     assert len(found) <= exchanges
     assert received <= 2 * len(sizes) * max(whole, 8 / layers * whole) / 8
+
+
+def linen_boxes(params):
+    return jax.tree.map(
+        lambda p: nn.Partitioned(p, names=("fsdp", "tensor")[: p.ndim]), params
+    )
+
+
+def named_arrays(params):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        hax = pytest.importorskip("haliax")
+    return jax.tree.map(lambda p: hax.named(p, ("a", "b")[: p.ndim]), params)
+
+
+def nnx_variables(params):
+    return jax.tree.map(nnx.Param, params)
+
+
+# Haliax itself looks there for a mesh.
+@pytest.mark.filterwarnings("ignore:jax.interpreters.pxla.thread_resources")
+@pytest.mark.parametrize("boxed", [linen_boxes, named_arrays, nnx_variables])
+def test_boxes_make_no_difference(boxed):
+    rng = np.random.default_rng(0)
+    shapes = {"embed": (96, 64), "up": (64, 72), "bias": (72,)}
+    params = {
+        k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()
+    }
+    in_boxes, tx = boxed(params), came_muon(1e-2, weight_decay=0.1)
+    state = tx.init(in_boxes)
+    updates, new_state = jax.jit(tx.update)(in_boxes, state, in_boxes)
+    assert jax.tree.structure(updates) == jax.tree.structure(in_boxes)
+    assert jax.tree.structure(new_state) == jax.tree.structure(state)
+    expected, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    chex.assert_trees_all_close(
+        jax.tree.leaves(updates), jax.tree.leaves(expected), rtol=1e-4, atol=1e-6
+    )
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(16, 64, rngs=rngs)
+        self.up = nnx.Linear(64, 72, rngs=rngs)
+        self.head = nnx.Linear(72, 16, rngs=rngs)
+
+    def __call__(self, tokens):
+        return self.head(nnx.relu(self.up(self.embed(tokens))))
+
+
+def test_nnx_optimizer():
+    model = Model(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, came_muon(1e-2), wrt=nnx.Param)
+    groups = optimizer.opt_state.inner_states
+    numbers = {
+        name: sum(x.size for x in jax.tree.leaves(optax.tree.get(groups[name], "mu")))
+        for name in groups
+    }
+    assert numbers["hidden"] == 64 * 72 + 64 + 72  # Codes and their scales.
+    tokens = jnp.arange(16)
+
+    @nnx.jit
+    def train_step(model, optimizer):
+        def loss_of(model):
+            logits, labels = model(tokens), jnp.roll(tokens, 1)
+            loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return loss.mean()
+
+        loss, grads = nnx.value_and_grad(loss_of)(model)
+        optimizer.update(model, grads)
+        return loss
+
+    losses = [float(train_step(model, optimizer)) for _ in range(30)]
+    assert losses[-1] < 0.5 < 2 < losses[0]
