@@ -57,7 +57,7 @@ def came_muon(
     *,
     hidden: str | Any | Callable[[optax.Params], Any] | None = None,
     rest_learning_rate_scale: ArrayLike = 1.0,
-    factoring: FactoringRule = BalancedSplit(),
+    factoring: FactoringRule = BalancedSplit(min_dim_size=2),
     mu_dtype: MuDtype = "int8",
     nesterov: bool = True,
     bias_correction: bool = True,
@@ -107,9 +107,11 @@ def came_muon(
       rest_learning_rate_scale: the learning rate of all other leaves, as a multiple of
         ``learning_rate``; ≥ 0.
       factoring: which axes of each leaf are rows and columns, of its statistics and of
-        the matrix that is orthogonalised. ``BalancedSplit()`` reads attention kernels
-        and convolutions as the matrices that they are. ``Stacked(BalancedSplit())``
-        is for layers stacked by ``nn.scan`` and ``nnx.scan``, and for experts.
+        the matrix that is orthogonalised. ``BalancedSplit`` reads attention kernels and
+        convolutions as the matrices that they are, and ``LastTwoAxes`` as batches of
+        their last two axes. ``Stacked(BalancedSplit())`` is for layers stacked by
+        ``nn.scan`` and ``nnx.scan``, and for experts; :class:`ByPath` for Gemma's
+        einsums; :class:`ByMuonDimensionNumbers` for who has those.
       mu_dtype: how momentum is stored, of all leaves: None or float32, bfloat16, int8
         or int4, as a dtype or its name.
       nesterov: whether the hidden matrices' update looks one step ahead.

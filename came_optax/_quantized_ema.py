@@ -45,7 +45,7 @@ def quantized_ema(
             \quad\text{or, with Nesterov momentum,}\quad \beta m + (1 - \beta) u
 
     ``optax.ema`` with the storage, the sharding and the checks of :func:`came`. Before
-    ``optax.contrib``'s orthogonalisation it makes Muon on a byte of state a parameter.
+    :func:`orthogonalize` it makes Muon on a byte of state a parameter.
 
     Args:
       decay: decay rate :math:`\beta`; 0 ≤ decay < 1.

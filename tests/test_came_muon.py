@@ -235,7 +235,7 @@ def test_the_choice_is_in_the_table_of_leaves():
 def test_hidden_matrices_are_orthogonalised_and_the_rest_is_steady_came(mu_dtype):
     params = normal(SHAPES)
     mask = jax.tree.map(lambda p: p.ndim > 1, params)
-    options = {"factoring": BalancedSplit(), "mu_dtype": mu_dtype}
+    options = {"factoring": BalancedSplit(2), "mu_dtype": mu_dtype}
     tx = came_muon(
         optax.linear_schedule(1e-2, 2e-2, 2),
         weight_decay=0.1,
