@@ -13,7 +13,7 @@ import flashoptim_jax
 import jax
 import optax
 from measuring import ROOT
-from measuring.updates import gpt2_shapes
+from measuring.zoo import gpt2_shapes
 
 from came_optax import steady_came, with_master_weights
 from pretraining.files import write_atomically

@@ -107,7 +107,7 @@ def scale_by_came(
       Luo et al., `CAME <https://arxiv.org/abs/2307.02047>`_, 2023.
     """
     return transformation(
-        _transform(
+        came_transform(
             "scale_by_came",
             Hyperparameters(
                 b1,
@@ -223,7 +223,7 @@ def came(
       Luo et al., `CAME: Confidence-guided Adaptive Memory Efficient Optimization
       <https://arxiv.org/abs/2307.02047>`_, ACL 2023.
     """
-    transform = _transform(
+    transform = came_transform(
         "came",
         Hyperparameters(
             b1,
@@ -244,7 +244,7 @@ def came(
         check_scalar("learning_rate", learning_rate, at_least=0, below=math.inf)
     return transformation(
         transform,
-        _add_decayed_weights(weight_decay, weight_decay_mask),
+        add_decayed_weights(weight_decay, weight_decay_mask),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -316,7 +316,7 @@ def steady_came(  # noqa: D417  # They are those of came.
     )
 
 
-def _transform(
+def came_transform(
     made_by: str,
     h: Hyperparameters,
     bias_correction: bool,
@@ -348,7 +348,7 @@ def _transform(
     )
 
 
-def _add_decayed_weights(
+def add_decayed_weights(
     weight_decay: Any, mask: Any
 ) -> optax.GradientTransformationExtraArgs:
     """``optax.add_decayed_weights`` of updates wider than the parameters.

@@ -208,7 +208,7 @@ class Stacked:
     ) -> None:
         if not _is_int(axis):
             raise TypeError(f"Stacked(axis=...) must be an int, got {axis!r}")
-        _check_regex(where, "Stacked(where=...)")
+        check_regex(where, "Stacked(where=...)")
         check_rule(rule, "Stacked(rule=...)")
         _set(self, rule=rule, axis=int(axis), where=where)
 
@@ -271,7 +271,7 @@ class ByPath:
             ) from error
         pairs: list[tuple[str, FactoringRule | FactoredAxes]] = []
         for pattern, rule in given.items():
-            _check_regex(pattern, "ByPath(rules=...): each key")
+            check_regex(pattern, "ByPath(rules=...): each key")
             name = f"ByPath(rules=...) at {pattern!r}"
             if isinstance(rule, FactoredAxes):
                 pairs.append((pattern, _plain(rule, name)))
@@ -305,7 +305,7 @@ def _plain(axes: FactoredAxes, name: str) -> FactoredAxes:
     return FactoredAxes(*(tuple(map(int, some)) for some in fields))
 
 
-def _check_regex(pattern: Any, name: str) -> None:
+def check_regex(pattern: Any, name: str) -> None:
     must_be = f"{name} must be a regular expression, got {pattern!r}"
     if not isinstance(pattern, str):
         raise ValueError(must_be)

@@ -13,13 +13,13 @@ from jax.typing import ArrayLike, DTypeLike
 
 from came_optax._algorithm import Hyperparameters
 from came_optax._boxes import unbox
-from came_optax._came import _add_decayed_weights, _rule, steady_came
+from came_optax._came import add_decayed_weights, came_transform, steady_came
 from came_optax._checks import check_mask, check_scalar
 from came_optax._factoring import (
     BalancedSplit,
     FactoredAxes,
     FactoringRule,
-    _check_regex,
+    check_regex,
     checked_axes,
 )
 from came_optax._momentum import MuDtype
@@ -161,11 +161,11 @@ def came_muon(
     if not callable(learning_rate):
         check_scalar("learning_rate", learning_rate, at_least=0, below=math.inf)
     if isinstance(hidden, str):
-        _check_regex(hidden, "hidden")
+        check_regex(hidden, "hidden")
 
     # The form: what comes before the orthogonalisation of hidden matrices, and after.
     matrices = transformation(
-        _rule(
+        came_transform(
             "came_muon",
             Hyperparameters(b1, b2, b3, eps1, eps2, clipping_threshold, None, nesterov),
             bias_correction,
@@ -179,7 +179,7 @@ def came_muon(
             dtype=dtype,
             params_sharding=params_sharding,
         ),
-        _add_decayed_weights(weight_decay, weight_decay_mask),
+        add_decayed_weights(weight_decay, weight_decay_mask),
         optax.scale_by_learning_rate(learning_rate),
     )
     rest = steady_came(

@@ -30,7 +30,7 @@ from came_optax._newton_schulz import (
     polar_factors_on_mesh,
 )
 from came_optax._paths import KeyPath, path_name
-from came_optax._sharding import _is_sharding
+from came_optax._sharding import is_sharding
 
 # Of x ↦ ax + bx³ + cx⁵, one triple for each step.
 _PRESETS: dict[str, Coefficients] = {
@@ -126,7 +126,7 @@ def orthogonalize(
         raise ValueError(f"dtype must be a real floating dtype or None, got {dtype!r}")
 
     sharding = dict(
-        jax.tree.leaves_with_path(unbox(params_sharding), is_leaf=_is_sharding)
+        jax.tree.leaves_with_path(unbox(params_sharding), is_leaf=is_sharding)
     )
 
     def init_fn(params: optax.Params) -> optax.EmptyState:

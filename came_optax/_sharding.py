@@ -61,7 +61,7 @@ def state_sharding(
           shardings = state_sharding(tx, params, params_sharding)
           state = jax.jit(tx.init, out_shardings=shardings)(params)
     """
-    shardings = jax.tree.broadcast(params_sharding, params, is_leaf=_is_sharding)
+    shardings = jax.tree.broadcast(params_sharding, params, is_leaf=is_sharding)
     jax.tree.map_with_path(_check_sharding, unbox(params), unbox(shardings))
     kinds = {type(s) for s in jax.tree.leaves(shardings)}
     meshes = {s.mesh for s in jax.tree.leaves(shardings) if hasattr(s, "mesh")}
@@ -110,13 +110,13 @@ def _dividing(spec: PartitionSpec, shape: Any, sizes: Any) -> PartitionSpec:
     return trimmed(map(keep, spec, shape))
 
 
-def _is_sharding(x: Any) -> bool:
+def is_sharding(x: Any) -> bool:
     return isinstance(x, NamedSharding | PartitionSpec)
 
 
 def _check_sharding(path: KeyPath, p: Any, sharding: Any) -> None:
     """Raises unless ``sharding`` is of a kind, and a rank, that fits a parameter."""
-    if not _is_sharding(sharding):
+    if not is_sharding(sharding):
         raise TypeError(
             f"params_sharding at {path_name(path)!r} is {sharding!r}; allowed are "
             "NamedSharding and PartitionSpec"
