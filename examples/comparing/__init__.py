@@ -1,1 +1,1 @@
-"""What compare_optimizers.py is made of: methods, runs, search, table and figures."""
+"""What compare_optimizers.py is made of: protocol, optimizers, tasks, runs, report."""

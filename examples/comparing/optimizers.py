@@ -1,0 +1,234 @@
+"""The optimizers that are compared, each a function of a schedule and its settings.
+
+Settings may be traced: one compilation serves all of an optimizer's runs.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import came_optax
+from pretraining.training.optimizers import decay_mask
+
+
+def adamw(
+    schedule: optax.Schedule, *, b1: Any, b2: Any, weight_decay: Any
+) -> optax.GradientTransformation:
+    return optax.adamw(schedule, b1, b2, weight_decay=weight_decay, mask=decay_mask)
+
+
+def nadamw(
+    schedule: optax.Schedule, *, b1: Any, b2: Any, weight_decay: Any
+) -> optax.GradientTransformation:
+    return optax.nadamw(schedule, b1, b2, weight_decay=weight_decay, mask=decay_mask)
+
+
+def adafactor(
+    schedule: optax.Schedule, *, decay_rate: Any, weight_decay: Any
+) -> optax.GradientTransformation:
+    """Without momentum, and without `optax.adafactor`'s scaling by the parameters."""
+    return optax.chain(
+        optax.scale_by_factored_rms(decay_rate=decay_rate, min_dim_size_to_factor=2),
+        optax.clip_by_block_rms(1.0),
+        optax.add_decayed_weights(weight_decay, decay_mask),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def flash_adamw(
+    schedule: optax.Schedule, *, b1: Any, b2: Any, weight_decay: Any
+) -> optax.GradientTransformation:
+    """AdamW with both moments in 8 bits, of the package flashoptim-jax."""
+    import flashoptim_jax
+
+    flash = flashoptim_jax.flash_adamw(
+        1.0, b1, b2, weight_decay=0.0, master_weight_bits=None, fused=False
+    )
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        after, state = flash.step(params, state, updates)
+        # Down by one learning rate of 1.
+        return jax.tree.map(lambda a, b: b - a, after, params), state
+
+    return optax.chain(
+        optax.GradientTransformation(flash.init, update),
+        optax.add_decayed_weights(weight_decay, decay_mask),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def steady_came(
+    schedule: optax.Schedule, *, mu_dtype: str = "float32", **settings: Any
+) -> optax.GradientTransformation:
+    return came_optax.steady_came(
+        schedule,
+        **settings,
+        weight_decay_mask=decay_mask,
+        mu_dtype=mu_dtype,
+        update_clipping_threshold=None,
+    )
+
+
+def came(schedule: optax.Schedule, **settings: Any) -> optax.GradientTransformation:
+    """As published."""
+    return came_optax.came(schedule, **settings, weight_decay_mask=decay_mask)
+
+
+def muon(
+    schedule: optax.Schedule, *, b1: Any, b2: Any, weight_decay: Any, rest: Any
+) -> optax.GradientTransformation:
+    """`optax.contrib`'s; β2 is that of the AdamW which the rest gets."""
+
+    def kernels(params: Any) -> Any:
+        return jax.tree.map(
+            lambda hides: optax.contrib.MuonDimensionNumbers() if hides else None,
+            hidden(params),
+        )
+
+    return optax.contrib.muon(
+        schedule,
+        beta=b1,
+        weight_decay=weight_decay,
+        adam_b2=b2,
+        adam_learning_rate=_times(rest, schedule),
+        muon_weight_dimension_numbers=kernels,
+        consistent_rms=RMS,
+    )
+
+
+def normuon(
+    schedule: optax.Schedule, *, b1: Any, b2: Any, weight_decay: Any, rest: Any
+) -> optax.GradientTransformation:
+    """Li et al., 2025: a second moment of each neuron after Newton–Schulz."""
+    update = optax.chain(
+        optax.ema(b1, debias=False), newton_schulz(), scale_by_neurons(b2), to_rms()
+    )
+    adam = optax.adamw(_times(rest, schedule), b2=b2, weight_decay=0.0, nesterov=True)
+    return _hidden_and_rest(update, adam, schedule, weight_decay)
+
+
+def came_muon(
+    schedule: optax.Schedule,
+    *,
+    form: str,
+    weight_decay: Any,
+    rest: Any,
+    mu_dtype: str = "float32",
+    **settings: Any,
+) -> optax.GradientTransformation:
+    """CAME's statistics around Newton–Schulz, and `steady_came` for the rest.
+
+    Args:
+        schedule: The learning rate.
+        form: Where the statistics are, of `FORMS`.
+        weight_decay: Of the hidden matrices.
+        rest: Learning rate of the rest, over that of the hidden matrices.
+        mu_dtype: What both store their momentum in.
+        **settings: b1 and b2, and b3 and eps2 if the form has a confidence term.
+    """
+    others = steady_came(_times(rest, schedule), mu_dtype=mu_dtype)
+    update = FORMS[form](mu_dtype=mu_dtype, **settings)
+    return _hidden_and_rest(update, others, schedule, weight_decay)
+
+
+def _came_before(**settings: Any) -> optax.GradientTransformation:
+    update = came_optax.scale_by_came(**settings, nesterov=True, bias_correction=True)
+    return optax.chain(update, newton_schulz(), optax.scale(RMS))
+
+
+def _moment_before(*, b1: Any, b2: Any, mu_dtype: str) -> optax.GradientTransformation:
+    return optax.chain(
+        came_optax.scale_by_factored_moment(b2, bias_correction=True),
+        optax.clip_by_block_rms(1.0),
+        came_optax.quantized_ema(b1, nesterov=True, debias=True, mu_dtype=mu_dtype),
+        newton_schulz(),
+        optax.scale(RMS),
+    )
+
+
+def _moment_after(*, b1: Any, b2: Any, mu_dtype: str) -> optax.GradientTransformation:
+    return optax.chain(
+        came_optax.quantized_ema(b1, nesterov=True, debias=True, mu_dtype=mu_dtype),
+        newton_schulz(),
+        came_optax.scale_by_factored_moment(b2, bias_correction=True),
+        to_rms(),
+    )
+
+
+FORMS = {
+    "came before": _came_before,
+    "moment before": _moment_before,
+    "moment after": _moment_after,
+}
+RMS = 0.2  # Of updates, as AdamW's: one learning rate fits both.
+
+
+def hidden(params: Any) -> Any:
+    """True for the kernels between embeddings and the output."""
+    return jax.tree.map_with_path(
+        lambda path, decays: decays and "head" not in jax.tree_util.keystr(path),
+        decay_mask(params),
+    )
+
+
+def newton_schulz() -> optax.GradientTransformation:
+    """Brings each matrix near its polar factor, to an RMS of about 1."""
+
+    def polar(m: jax.Array) -> jax.Array:
+        x = m / (jnp.linalg.norm(m) + 1e-8)
+        x = x.T if m.shape[0] > m.shape[1] else x
+        for _ in range(5):
+            gram = x @ x.T
+            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        return max(m.shape) ** 0.5 * (x.T if m.shape[0] > m.shape[1] else x)
+
+    return optax.stateless(lambda updates, _: jax.tree.map(polar, updates))
+
+
+def scale_by_neurons(b2: Any) -> optax.GradientTransformation:
+    """Divides each column of an (in, out) kernel by the root of its second moment."""
+
+    def init(params: Any) -> Any:
+        return jax.tree.map(lambda p: jnp.zeros_like(p, shape=p.shape[1:]), params)
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        del params
+        state = jax.tree.map(
+            lambda v, u: b2 * v + (1 - b2) * jnp.mean(jnp.square(u), 0), state, updates
+        )
+        return jax.tree.map(lambda u, v: u / (v[None] ** 0.5 + 1e-8), updates, state), (
+            state
+        )
+
+    return optax.GradientTransformation(init, update)
+
+
+def to_rms() -> optax.GradientTransformation:
+    """Scales each leaf's update to an RMS of 0.2."""
+
+    def scaled(u: jax.Array) -> jax.Array:
+        return RMS * u / (jnp.sqrt(jnp.mean(jnp.square(u))) + 1e-16)
+
+    return optax.stateless(lambda updates, _: jax.tree.map(scaled, updates))
+
+
+def _times(factor: Any, schedule: optax.Schedule) -> optax.Schedule:
+    return lambda count: factor * schedule(count)
+
+
+def _hidden_and_rest(
+    update: optax.GradientTransformation,
+    rest: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    weight_decay: Any,
+) -> optax.GradientTransformation:
+    matrices = optax.chain(
+        update,
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(schedule),
+    )
+    mask: Callable[[Any], Any] = hidden
+    return optax.partition({True: matrices, False: rest}, mask)
