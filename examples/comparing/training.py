@@ -64,7 +64,7 @@ class Series:
         names: Settings,
     ):
         self.splits, self.task, self.batch_size = splits, splits.task, batch_size
-        self.mesh = devices.make_mesh()
+        self.mesh = devices.make_mesh(devices=jax.devices()[:1])
 
         def scheduled(learning_rate: Any, warmup: Any, steps: Any, **settings: Any):
             schedule = make_schedule(learning_rate, warmup, steps)
@@ -76,7 +76,9 @@ class Series:
         self._init = make_init(self.task, tx, self.mesh)
         step = make_train_step(self.task, tx, 1, 0, self.mesh)
         self._steps = jax.jit(
-            lambda state, batches: jax.lax.scan(step, state, batches), donate_argnums=0
+            lambda state, batches: jax.lax.scan(step, state, batches),
+            donate_argnums=0,
+            out_shardings=devices.replicated(self.mesh),
         )
         self._evaluate = make_evaluate(self.task, self.mesh)
         shapes = state_shapes(self.task, tx, self.mesh)
@@ -120,7 +122,11 @@ class Series:
         records = self.splits.tuning if tuning else self.task.validation
         batches = pipeline.train_batches(self.task, self.batch_size, seed)
         state = self._init(seed)
-        arrays = {k: jnp.float32(v) for k, v in {**settings, "steps": steps}.items()}
+        values = {**settings, "steps": steps}
+        arrays = {
+            name: jax.device_put(np.float32(value), devices.replicated(self.mesh))
+            for name, value in values.items()
+        }
         state = state._replace(opt_state=state.opt_state._replace(settings=arrays))
         log: dict[str, Any] = {"training": [], "evaluations": [], "seconds": 0.0}
         if path.exists():
