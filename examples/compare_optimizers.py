@@ -9,6 +9,7 @@ one more line of the protocol, which shows it.
 """
 
 import dataclasses
+import json
 import os
 import subprocess
 import time
@@ -25,9 +26,10 @@ os.environ.setdefault(
 with quit_on_ctrl_c(__name__ == "__main__"):  # Imports take seconds.
     import jax
 
-    from comparing import log, protocol, tasks
+    from comparing import log, protocol, report, tasks
     from comparing.training import Series
     from pretraining import cli
+    from pretraining.files import write_atomically
     from pretraining.options import option
 
 WAIT = 20  # Seconds until what others do may let a run begin.
@@ -44,6 +46,7 @@ class CompareOptions:
         None, "folder of the runs (default: the protocol's)", metavar="FOLDER"
     )
     report: bool = option(False, "only report on what is done")
+    time: bool = option(False, "only measure the seconds of a step, into costs.json")
 
 
 def main() -> None:
@@ -51,8 +54,12 @@ def main() -> None:
     path = Path(options.protocol)
     study = protocol.read(path)
     folder = Path(options.output or path.parent)
-    if not options.report:
-        Worker(study, folder).work()
+    worker = Worker(study, folder)
+    if options.time:
+        worker.time()
+    elif not options.report:
+        worker.work()
+    print(report.write(study, folder))
 
 
 class Worker:
@@ -84,7 +91,7 @@ class Worker:
 
     def run(self, run: protocol.Run, state: Path) -> None:
         """Does a run and logs it."""
-        part = self.study.part(run.part)
+        part = self.study.parts[run.part]
         series = self.series(part.task, run)
         row = series.run(
             run.settings,
@@ -104,6 +111,20 @@ class Worker:
             f"{row['seconds']:.0f} s ({settings})",
             flush=True,
         )
+
+    def time(self) -> None:
+        """Writes seconds a step of all optimizers, in turn, on tasks that have runs."""
+        results = report.Results(self.study, self.folder)
+        costs = {}
+        for task in results.compared_on():
+            every = {}
+            for name, runs in results.judged(task).items():
+                row = next(iter(runs.values()))
+                run = protocol.Run("", name, row["settings"], 0)
+                every[name] = self.series(task, run).timer(run.settings)
+            rounds = [{name: step() for name, step in every.items()} for _ in range(12)]
+            costs[task] = {name: min(r[name] for r in rounds[2:]) for name in every}
+            write_atomically(self.folder / "costs.json", json.dumps(costs) + "\n")
 
     def series(self, task: str, run: protocol.Run) -> Series:
         """Returns what is compiled once for an optimizer on a task."""

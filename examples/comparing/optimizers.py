@@ -3,7 +3,7 @@
 Settings may be traced: one compilation serves all of an optimizer's runs.
 """
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -13,22 +13,21 @@ import optax
 import came_optax
 from pretraining.training.optimizers import decay_mask
 
-
-def adamw(
-    schedule: optax.Schedule, *, b1: Any, b2: Any, weight_decay: Any
-) -> optax.GradientTransformation:
-    return optax.adamw(schedule, b1, b2, weight_decay=weight_decay, mask=decay_mask)
+Tx = optax.GradientTransformation
+Schedule = optax.Schedule
+RMS = 0.2  # Of an orthogonalized update, as AdamW's: one learning rate fits both.
 
 
-def nadamw(
-    schedule: optax.Schedule, *, b1: Any, b2: Any, weight_decay: Any
-) -> optax.GradientTransformation:
-    return optax.nadamw(schedule, b1, b2, weight_decay=weight_decay, mask=decay_mask)
+def adamw(schedule: Schedule, *, weight_decay: Any, **settings: Any) -> Tx:
+    """With b1 and b2."""
+    decay = {"weight_decay": weight_decay, "mask": decay_mask}
+    return optax.adamw(schedule, **settings, **decay)
 
 
-def adafactor(
-    schedule: optax.Schedule, *, decay_rate: Any, weight_decay: Any
-) -> optax.GradientTransformation:
+nadamw = functools.partial(adamw, nesterov=True)
+
+
+def adafactor(schedule: Schedule, *, decay_rate: Any, weight_decay: Any) -> Tx:
     """Without momentum, and without `optax.adafactor`'s scaling by the parameters."""
     return optax.chain(
         optax.scale_by_factored_rms(decay_rate=decay_rate, min_dim_size_to_factor=2),
@@ -38,9 +37,7 @@ def adafactor(
     )
 
 
-def flash_adamw(
-    schedule: optax.Schedule, *, b1: Any, b2: Any, weight_decay: Any
-) -> optax.GradientTransformation:
+def flash_adamw(schedule: Schedule, *, b1: Any, b2: Any, weight_decay: Any) -> Tx:
     """AdamW with both moments in 8 bits, of the package flashoptim-jax."""
     import flashoptim_jax
 
@@ -61,8 +58,8 @@ def flash_adamw(
 
 
 def steady_came(
-    schedule: optax.Schedule, *, mu_dtype: str = "float32", **settings: Any
-) -> optax.GradientTransformation:
+    schedule: Schedule, *, mu_dtype: str = "float32", **settings: Any
+) -> Tx:
     return came_optax.steady_came(
         schedule,
         **settings,
@@ -72,14 +69,12 @@ def steady_came(
     )
 
 
-def came(schedule: optax.Schedule, **settings: Any) -> optax.GradientTransformation:
+def came(schedule: Schedule, **settings: Any) -> Tx:
     """As published."""
     return came_optax.came(schedule, **settings, weight_decay_mask=decay_mask)
 
 
-def muon(
-    schedule: optax.Schedule, *, b1: Any, b2: Any, weight_decay: Any, rest: Any
-) -> optax.GradientTransformation:
+def muon(schedule: Schedule, *, b1: Any, b2: Any, weight_decay: Any, rest: Any) -> Tx:
     """`optax.contrib`'s; β2 is that of the AdamW which the rest gets."""
 
     def kernels(params: Any) -> Any:
@@ -100,8 +95,8 @@ def muon(
 
 
 def normuon(
-    schedule: optax.Schedule, *, b1: Any, b2: Any, weight_decay: Any, rest: Any
-) -> optax.GradientTransformation:
+    schedule: Schedule, *, b1: Any, b2: Any, weight_decay: Any, rest: Any
+) -> Tx:
     """Li et al., 2025: a second moment of each neuron after Newton–Schulz."""
     update = optax.chain(
         optax.ema(b1, debias=False), newton_schulz(), scale_by_neurons(b2), to_rms()
@@ -111,14 +106,14 @@ def normuon(
 
 
 def came_muon(
-    schedule: optax.Schedule,
+    schedule: Schedule,
     *,
     form: str,
     weight_decay: Any,
     rest: Any,
     mu_dtype: str = "float32",
     **settings: Any,
-) -> optax.GradientTransformation:
+) -> Tx:
     """CAME's statistics around Newton–Schulz, and `steady_came` for the rest.
 
     Args:
@@ -134,12 +129,12 @@ def came_muon(
     return _hidden_and_rest(update, others, schedule, weight_decay)
 
 
-def _came_before(**settings: Any) -> optax.GradientTransformation:
+def _came_before(**settings: Any) -> Tx:
     update = came_optax.scale_by_came(**settings, nesterov=True, bias_correction=True)
     return optax.chain(update, newton_schulz(), optax.scale(RMS))
 
 
-def _moment_before(*, b1: Any, b2: Any, mu_dtype: str) -> optax.GradientTransformation:
+def _moment_before(*, b1: Any, b2: Any, mu_dtype: str) -> Tx:
     return optax.chain(
         came_optax.scale_by_factored_moment(b2, bias_correction=True),
         optax.clip_by_block_rms(1.0),
@@ -149,7 +144,7 @@ def _moment_before(*, b1: Any, b2: Any, mu_dtype: str) -> optax.GradientTransfor
     )
 
 
-def _moment_after(*, b1: Any, b2: Any, mu_dtype: str) -> optax.GradientTransformation:
+def _moment_after(*, b1: Any, b2: Any, mu_dtype: str) -> Tx:
     return optax.chain(
         came_optax.quantized_ema(b1, nesterov=True, debias=True, mu_dtype=mu_dtype),
         newton_schulz(),
@@ -163,7 +158,6 @@ FORMS = {
     "moment before": _moment_before,
     "moment after": _moment_after,
 }
-RMS = 0.2  # Of updates, as AdamW's: one learning rate fits both.
 
 
 def hidden(params: Any) -> Any:
@@ -174,7 +168,7 @@ def hidden(params: Any) -> Any:
     )
 
 
-def newton_schulz() -> optax.GradientTransformation:
+def newton_schulz() -> Tx:
     """Brings each matrix near its polar factor, to an RMS of about 1."""
 
     def polar(m: jax.Array) -> jax.Array:
@@ -188,7 +182,7 @@ def newton_schulz() -> optax.GradientTransformation:
     return optax.stateless(lambda updates, _: jax.tree.map(polar, updates))
 
 
-def scale_by_neurons(b2: Any) -> optax.GradientTransformation:
+def scale_by_neurons(b2: Any) -> Tx:
     """Divides each column of an (in, out) kernel by the root of its second moment."""
 
     def init(params: Any) -> Any:
@@ -206,7 +200,7 @@ def scale_by_neurons(b2: Any) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def to_rms() -> optax.GradientTransformation:
+def to_rms() -> Tx:
     """Scales each leaf's update to an RMS of 0.2."""
 
     def scaled(u: jax.Array) -> jax.Array:
@@ -215,20 +209,19 @@ def to_rms() -> optax.GradientTransformation:
     return optax.stateless(lambda updates, _: jax.tree.map(scaled, updates))
 
 
-def _times(factor: Any, schedule: optax.Schedule) -> optax.Schedule:
+def _times(factor: Any, schedule: Schedule) -> Schedule:
     return lambda count: factor * schedule(count)
 
 
 def _hidden_and_rest(
     update: optax.GradientTransformation,
     rest: optax.GradientTransformation,
-    schedule: optax.Schedule,
+    schedule: Schedule,
     weight_decay: Any,
-) -> optax.GradientTransformation:
+) -> Tx:
     matrices = optax.chain(
         update,
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(schedule),
     )
-    mask: Callable[[Any], Any] = hidden
-    return optax.partition({True: matrices, False: rest}, mask)
+    return optax.partition({True: matrices, False: rest}, hidden)

@@ -43,14 +43,16 @@ def make(
     Args:
         name: Its name; the part before the first "-" is the kind: gpt2, bert or t5.
         model: The model's sizes, and for T5 how many "inputs" a sequence has.
-        corpora: Which texts, as one.
+        corpora: Which texts, as one: names that `corpus.TextOptions` has, or files.
         cache: The folder that keeps them as tokens.
     """
-    documents = [d for c in corpora for d in corpus.load(corpus.TextOptions(corpus=c))]
+    documents = [text for name in corpora for text in corpus.load(_options(name))]
+    places = [corpus.unit_hash(document) for document in documents]
+    first, second = sorted(places)[:2]  # Held out however few there are.
+    limits = (max(HELD_OUT, first), max(2 * HELD_OUT, second))
     parts: list[list[str]] = [[], [], []]
-    for document in documents:
-        place = corpus.unit_hash(document)
-        parts[(place > HELD_OUT) + (place > 2 * HELD_OUT)].append(document)
+    for document, place in zip(documents, places, strict=True):
+        parts[sum(place > limit for limit in limits)].append(document)
     kind = _KINDS[name.partition("-")[0]]
     task, tokenizer, start, length, overlap = kind(dict(model), parts[-1])
     tuning, judging, train = (
@@ -58,6 +60,12 @@ def make(
         for part in parts
     )
     return Splits(Task(name=name, train=train, validation=judging, **task), tuning)
+
+
+def _options(name: str) -> corpus.TextOptions:
+    if name in ("sotu", "movies", "wikipedia"):
+        return corpus.TextOptions(corpus=name)
+    return corpus.TextOptions(text=[name])
 
 
 # What a task is made of; how its text is encoded, what starts a document, and how long

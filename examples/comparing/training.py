@@ -29,6 +29,8 @@ CLIP = 1.0  # Largest norm of a gradient, for all.
 CHUNK = 10  # Steps a call: a small model's are too short to be dispatched singly.
 SAVE = 180.0  # Seconds between two checkpoints.
 
+Make = Callable[..., optax.GradientTransformation]
+
 
 class WithSettingsState(NamedTuple):
     """State of `with_settings`."""
@@ -37,9 +39,7 @@ class WithSettingsState(NamedTuple):
     inner: Any
 
 
-def with_settings(
-    make: Callable[..., optax.GradientTransformation], settings: Mapping[str, Any]
-) -> optax.GradientTransformation:
+def with_settings(make: Make, settings: Settings) -> optax.GradientTransformation:
     """Keeps settings in the state: others are no reason to compile anew."""
 
     def init(params: Any) -> WithSettingsState:
@@ -54,25 +54,22 @@ def with_settings(
 
 
 class Series:
-    """Runs of one optimizer on one task, of any settings, seed and length."""
+    """Runs of one optimizer on one task, of any settings, seed and length.
 
-    def __init__(
-        self,
-        splits: Splits,
-        batch_size: int,
-        make: Callable[..., optax.GradientTransformation],
-        names: Settings,
-    ):
+    Attributes:
+        about: What the log tells of all of them.
+    """
+
+    def __init__(self, splits: Splits, batch_size: int, make: Make, start: Settings):
         self.splits, self.task, self.batch_size = splits, splits.task, batch_size
         self.mesh = devices.make_mesh(devices=jax.devices()[:1])
 
-        def scheduled(learning_rate: Any, warmup: Any, steps: Any, **settings: Any):
+        def clipped(learning_rate: Any, warmup: Any, steps: Any, **settings: Any):
             schedule = make_schedule(learning_rate, warmup, steps)
-            return optax.chain(
-                optax.clip_by_global_norm(CLIP), make(schedule, **settings)
-            )
+            clip = optax.clip_by_global_norm(CLIP)
+            return optax.chain(clip, make(schedule, **settings))
 
-        tx = with_settings(scheduled, {name: 0.5 for name in [*names, "steps"]})
+        tx = with_settings(clipped, {**start, "steps": 100})
         self._init = make_init(self.task, tx, self.mesh)
         step = make_train_step(self.task, tx, 1, 0, self.mesh)
         self._steps = jax.jit(
@@ -82,15 +79,15 @@ class Series:
         )
         self._evaluate = make_evaluate(self.task, self.mesh)
         shapes = state_shapes(self.task, tx, self.mesh)
+        arrays = jax.tree.leaves(shapes.opt_state.inner)
         parameters = sum(p.size for p in jax.tree.leaves(shapes.params))
-        state = jax.tree.leaves(shapes.opt_state.inner)
-        state_bytes = sum(x.size * x.dtype.itemsize for x in state)
+        state_bytes = sum(x.size * x.dtype.itemsize for x in arrays)
         batch = next(pipeline.validation_batches(self.task, batch_size, 1))
         self.about = {
             "parameters": parameters,
             "state_bytes_per_parameter": round(state_bytes / parameters, 3),
             "unigram": unigram(self.task.validation.arrays[0]),
-            "matmul_flops_per_step": matmul_flops(step, shapes, batch),
+            "matmul_flops_per_step": matmul_flops(jax.make_jaxpr(step)(shapes, batch)),
         }
 
     def steps(self, tokens_per_parameter: float) -> int:
@@ -121,45 +118,55 @@ class Series:
         """
         records = self.splits.tuning if tuning else self.task.validation
         batches = pipeline.train_batches(self.task, self.batch_size, seed)
-        state = self._init(seed)
-        values = {**settings, "steps": steps}
-        arrays = {
-            name: jax.device_put(np.float32(value), devices.replicated(self.mesh))
-            for name, value in values.items()
-        }
-        state = state._replace(opt_state=state.opt_state._replace(settings=arrays))
+        state = self._first(settings, seed, steps)
         log: dict[str, Any] = {"training": [], "evaluations": [], "seconds": 0.0}
         if path.exists():
             state, log, position = load(path, state)
             batches.set_state(position)
-        first, began, saved = log["seconds"], time.perf_counter(), time.perf_counter()
-        last: float | None = None
-        start = int(state.step)
-        for step in range(start + CHUNK, steps + 1, CHUNK):
+        before, began = log["seconds"], time.perf_counter()
+        saved, final = began, None
+        for step in range(int(state.step) + CHUNK, steps + 1, CHUNK):
             state, metrics = self._steps(state, self._stack(batches))
             loss = float(jnp.mean(metrics["loss"]))
             log["training"].append(round(loss, 4))
             if not math.isfinite(loss):
                 break
-            due = step * evaluations // steps > (step - CHUNK) * evaluations // steps
-            if due:
+            if step * evaluations // steps > (step - CHUNK) * evaluations // steps:
                 held_out = pipeline.validation_batches(
                     self.task, self.batch_size, records=records
                 )
-                last = self._evaluate(state.params, held_out)["loss"]
-                log["evaluations"].append([step, round(last, 5)])
-            log["seconds"] = round(first + time.perf_counter() - began, 1)
+                loss = round(self._evaluate(state.params, held_out)["loss"], 5)
+                log["evaluations"].append([step, loss])
+                final = loss if step == steps and math.isfinite(loss) else None
+            log["seconds"] = round(before + time.perf_counter() - began, 1)
             if time.perf_counter() - saved > SAVE:
                 save(path, state, log, batches.get_state())
                 saved = time.perf_counter()
-        finished = last is not None and math.isfinite(last) and step == steps
-        return {
-            "loss": round(last, 5) if finished and last is not None else None,
-            "steps": steps,
-            "tokens": steps * self.batch_size * self.task.tokens_per_record,
-            **self.about,
-            **log,
+        tokens = steps * self.batch_size * self.task.tokens_per_record
+        return {"loss": final, "steps": steps, "tokens": tokens, **self.about, **log}
+
+    def timer(self, settings: Settings) -> Callable[[], float]:
+        """Returns a function that makes steps and returns the seconds of one."""
+        batches = pipeline.train_batches(self.task, self.batch_size, 0)
+        state, stacked = self._first(settings, 0, 10_000), self._stack(batches)
+
+        def step() -> float:
+            nonlocal state
+            began = time.perf_counter()
+            state, metrics = self._steps(state, stacked)
+            jax.block_until_ready((state, metrics))
+            return (time.perf_counter() - began) / CHUNK
+
+        return step
+
+    def _first(self, settings: Settings, seed: int, steps: int) -> TrainState:
+        state = self._init(seed)
+        everywhere = devices.replicated(self.mesh)
+        arrays = {
+            name: jax.device_put(np.float32(value), everywhere)
+            for name, value in {**settings, "steps": steps}.items()
         }
+        return state._replace(opt_state=state.opt_state._replace(settings=arrays))
 
     def _stack(self, batches: Iterator[Any]) -> Any:
         taken = [next(batches) for _ in range(CHUNK)]
@@ -174,55 +181,39 @@ def unigram(tokens: np.ndarray) -> float:
     return round(float(-np.sum(part * np.log(part))), 4)
 
 
-def save(path: Path, state: TrainState, log: dict[str, Any], position: Any) -> None:
+def save(path: Path, state: TrainState, log: Mapping[str, Any], position: Any) -> None:
     """Writes a run's state, whole or not at all."""
-    leaves = [np.asarray(x) for x in jax.tree.leaves(state)]
     # Of types that numpy has not itself, the bytes.
-    arrays = {
-        str(k): np.frombuffer(x.tobytes(), np.uint8) for k, x in enumerate(leaves)
-    }
-    about = json.dumps([log, position])
+    arrays = [
+        np.frombuffer(np.asarray(x).tobytes(), "u1") for x in jax.tree.leaves(state)
+    ]
     with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, about=about, **arrays)
+        np.savez(file, *arrays, about=json.dumps([log, position]))
 
 
 def load(path: Path, like: TrainState) -> tuple[TrainState, dict[str, Any], Any]:
     """Returns state, log and the position in the data that `save` was given."""
+    leaves, structure = jax.tree.flatten(like)
     with np.load(path) as arrays:
         log, position = json.loads(str(arrays["about"]))
-        leaves, structure = jax.tree.flatten(like)
-        restored = [
-            jax.device_put(
-                np.frombuffer(arrays[str(k)].tobytes(), x.dtype).reshape(x.shape),
-                x.sharding,
-            )
-            for k, x in enumerate(leaves)
-        ]
-    return jax.tree.unflatten(structure, restored), log, position
+        for k, x in enumerate(leaves):
+            array = np.frombuffer(arrays[f"arr_{k}"].tobytes(), x.dtype)
+            leaves[k] = jax.device_put(array.reshape(x.shape), x.sharding)
+    return jax.tree.unflatten(structure, leaves), log, position
 
 
-def matmul_flops(function: Callable[..., Any], *args: Any) -> int:
+def matmul_flops(jaxpr: Any) -> int:
     """Counts two for each multiplication and addition of all matrix products."""
-    return _flops(jax.make_jaxpr(function)(*args).jaxpr)
-
-
-def _flops(jaxpr: Any) -> int:
     total = 0
-    for equation in jaxpr.eqns:
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        params = equation.params
         if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
+            (contracted, _), _ = params["dimension_numbers"]
             shape = equation.invars[0].aval.shape
-            total += (
-                2
-                * equation.outvars[0].aval.size
-                * math.prod(shape[k] for k in contracted)
-            )
-        inner = [
-            _flops(getattr(x, "jaxpr", x))
-            for value in equation.params.values()
-            for x in (value if isinstance(value, (tuple, list)) else [value])
-            if hasattr(getattr(x, "jaxpr", x), "eqns")
-        ]
-        choose = max if equation.primitive.name == "cond" else sum
-        total += equation.params.get("length", 1) * (choose(inner) if inner else 0)
+            products = math.prod(shape[k] for k in contracted)
+            total += 2 * equation.outvars[0].aval.size * products
+        inner = [params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in params]
+        branches = [matmul_flops(branch) for branch in params.get("branches", ())]
+        inside = sum(map(matmul_flops, inner)) + max(branches, default=0)
+        total += params.get("length", 1) * inside
     return total

@@ -14,7 +14,8 @@ import numpy as np
 import optax
 import pytest
 
-from comparing import log, optimizers, protocol, training
+import compare_optimizers
+from comparing import log, optimizers, protocol, report, training
 from comparing.protocol import Optimizer, Part, Protocol, Run
 from comparing.tasks import Splits
 from pretraining.data.pipeline import Windows
@@ -29,6 +30,10 @@ TUNE = Part("tune", "tune", "t", 1, ["a", "b"], [100, 101], runs=8, repeats=2)
 JUDGE = Part("judge", "judge", "t", 1, ["a", "b"], [0, 1, 2], settings="tune")
 
 
+def named(*parts: Part) -> dict[str, Part]:
+    return {part.name: part for part in parts}
+
+
 def sketch(**changes: Any) -> Protocol:
     start = {"learning_rate": 1.0, "b1": 0.2}
     values: dict[str, Any] = {
@@ -36,7 +41,7 @@ def sketch(**changes: Any) -> Protocol:
         "tasks": {},
         "optimizers": {name: Optimizer("m:f", start) for name in "ab"},
         "grid": GRID,
-        "parts": [TUNE, JUDGE],
+        "parts": named(TUNE, JUDGE),
     }
     return Protocol(**values | changes)
 
@@ -101,7 +106,7 @@ def test_divergence_is_never_chosen() -> None:
 def test_rates_are_searched_again_around_the_one_chosen() -> None:
     rates = Part("rates", "rates", "t", 1, ["a"], [100], settings="tune")
     judge = dataclasses.replace(JUDGE, settings="rates", optimizers=["a"])
-    study = sketch(parts=[TUNE, rates, judge])
+    study = sketch(parts=named(TUNE, rates, judge))
 
     def loss(run: Run) -> float:
         moved = run.part != "tune"
@@ -128,7 +133,7 @@ def test_form_is_the_simplest_within_an_error_of_the_best(
             "both": both,
             "stored": stored,
         },
-        parts=[TUNE, JUDGE, last],
+        parts=named(TUNE, JUDGE, last),
     )
 
     def loss(run: Run) -> float:
@@ -207,7 +212,10 @@ def test_each_optimizer_learns_with_traced_settings(name: str) -> None:
     pytest.importorskip("flashoptim_jax") if name == "flash-adamw" else None
     rng = np.random.default_rng(0)
     shapes = {"embedding": (5, 4), "kernel": (4, 6), "bias": (6,)}
-    params, goal = ({k: rng.normal(size=s).astype("f") for k, s in shapes.items()} for _ in "ab")  # fmt: skip
+    params, goal = (
+        {name: rng.normal(size=shape).astype("f") for name, shape in shapes.items()}
+        for _ in range(2)
+    )
 
     def make(**settings: Any) -> optax.GradientTransformation:
         rate = settings.pop("learning_rate")
@@ -299,7 +307,8 @@ def test_matmul_flops() -> None:
         x, _ = jax.lax.scan(lambda c, _: (c @ c, None), x, length=3)
         return jax.jit(lambda y: y @ y.T)(x)
 
-    assert training.matmul_flops(f, np.ones((4, 4), np.float32)) == 4 * 2 * 4**3
+    jaxpr = jax.make_jaxpr(f)(np.ones((4, 4), np.float32))
+    assert training.matmul_flops(jaxpr) == 4 * 2 * 4**3
 
 
 def test_schedule() -> None:
@@ -323,13 +332,13 @@ def test_newton_schulz_is_that_of_optax() -> None:
 
 def test_page_is_what_it_says() -> None:
     """Every optimizer of every part is known, and settings come from earlier parts."""
-    names = [part.name for part in STUDY.parts]
-    for k, part in enumerate(STUDY.parts):
+    names = list(STUDY.parts)
+    for k, part in enumerate(STUDY.parts.values()):
         assert part.task in STUDY.tasks and part.kind in ("tune", "rates", "judge")
         assert part.kind == "tune" or names.index(part.settings) < k
         assert not set(part.optimizers) - set(STUDY.optimizers)
-    judging = {s for p in STUDY.parts if p.kind == "judge" for s in p.seeds}
-    tuning = {s for p in STUDY.parts if p.kind != "judge" for s in p.seeds}
+    judging = {s for p in STUDY.parts.values() if p.kind == "judge" for s in p.seeds}
+    tuning = {s for p in STUDY.parts.values() if p.kind != "judge" for s in p.seeds}
     assert not judging & tuning
 
 
@@ -338,3 +347,96 @@ def test_protocol_with_an_unknown_setting(tmp_path: pathlib.Path) -> None:
     page.write_text(PAGE.read_text().replace("b1 = 0.95, rest", "b1 = 0.96, rest", 1))
     with pytest.raises(UserError, match=re.escape("muon: b1 0.96 isn't on the grid")):
         protocol.read(page)
+
+
+def finished(run: Run, loss: float | None, **about: Any) -> dict[str, Any]:
+    row = {"loss": loss, "tokens": 100, "steps": 40, "training": [3.0, 2.4, 2.2, 2.0]}
+    row |= {"unigram": 2.9, "parameters": 100, "matmul_flops_per_step": 10**9}
+    return run._asdict() | row | {"state_bytes_per_parameter": 8.0} | about
+
+
+def test_report_says_what_is_there_and_what_is_missing(tmp_path: pathlib.Path) -> None:
+    names = ["adamw", "muon", "lion"]
+    start = {"learning_rate": 1.0, "b1": 0.2}
+    tune = dataclasses.replace(TUNE, task="gpt2-small", optimizers=names)
+    judge = {"tokens_per_parameter": 20, "optimizers": names, "kind": "judge"}
+    judge |= {"settings": "tune", "seeds": [0, 1, 2]}
+    sizes = {"gpt2-small": 10**5, "gpt2-middle": 10**6}
+    parts = [tune, *(Part(name=size, task=size, **judge) for size in sizes)]
+    optimizers = {name: Optimizer("m:f", start) for name in names}
+    tasks: dict[str, Any] = {size: {} for size in sizes}
+    study = sketch(parts=named(*parts), optimizers=optimizers, tasks=tasks)
+    path = tmp_path / "runs.jsonl"
+    log.append(path, finished(Run("tune", "lion", start, 100), 2.5))
+    for size, lead in zip(sizes, (0.3, 0.1), strict=True):
+        of_seed = {"adamw": [2.0, 2.1, 2.3], "lion": [2.02, 2.06, 2.35]}
+        of_seed["muon"] = [loss - lead - 0.01 * loss for loss in of_seed["adamw"]]
+        for name, values in of_seed.items():
+            for seed, loss in enumerate(values):
+                run = Run(size, name, start, seed)
+                log.append(path, finished(run, loss, parameters=sizes[size]))
+    (tmp_path / "costs.json").write_text('{"gpt2-small": {"muon": 0.0123}}')
+    page = report.write(study, tmp_path)
+    rows = [[c.strip() for c in line.split("|")] for line in page.splitlines()]
+    best, adamw, lion = [row for row in rows if len(row) > 8][2:5]
+    assert best[1:5] == ["muon", "1.8120", "3", "-0.3213 ± 0.0009 better"]
+    assert best[-2] == "12.3"
+    assert [adamw[1], adamw[4], lion[4]] == ["adamw", "", "+0.0100 ± 0.0265"]
+    (trend,) = [row for row in rows if row[1:2] == ["muon"] and len(row) == 6]
+    assert trend[4].startswith("+0.2000 ± 0.000")
+    assert "- tune: 1 of 24 runs are done" in page and "gpt2-middle: " not in page
+    assert (tmp_path / "results.svg").stat().st_size > 10_000
+
+
+def test_report_of_nothing(tmp_path: pathlib.Path) -> None:
+    assert "tune: 0 of 275 runs" in report.write(STUDY, tmp_path)
+
+
+def test_what_diverged_is_infinitely_bad() -> None:
+    assert report.losses([{"loss": 1.0}, {"loss": None}]).tolist() == [1.0, math.inf]
+
+
+def test_data_law_finds_what_made_the_losses() -> None:
+    tokens = np.asarray([1.0, 2.0, 4.0, 8.0, 16.0])
+    exact = report.DataLaw(tokens, 2 + 0.5 * tokens**-0.4, np.zeros(5))
+    needed, error = exact.tokens_for(2 + 0.5 * 6.0**-0.4, 0.0)
+    assert needed == pytest.approx(6.0, rel=0.01) and error == pytest.approx(
+        0, abs=1e-6
+    )
+    noisy = report.DataLaw(tokens, 2 + 0.5 * tokens**-0.4, np.full(5, 0.01))
+    assert 0.1 < noisy.tokens_for(2 + 0.5 * 6.0**-0.4, 0.01)[1] < 6
+    assert exact.tokens_for(1.0, 0.0) == (math.inf, math.inf)
+
+
+def test_plateau() -> None:
+    row = finished(Run("p", "a", {}, 0), 1.0)
+    assert report.plateau(row) == 30
+    assert report.plateau({**row, "unigram": 2.0}) == math.inf
+
+
+def test_worker_does_all_there_is_to_do(
+    splits: Splits, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare_optimizers.tasks, "make", lambda *_: splits)
+    done: list[tuple[Any, ...]] = []
+
+    class FakeSeries:
+        def __init__(self, *_: Any) -> None:
+            pass
+
+        def steps(self, budget: float) -> int:
+            return int(10 * budget)
+
+        def run(self, settings: Any, seed: int, steps: int, *_: Any, **how: Any) -> Any:
+            done.append((settings["learning_rate"], seed, steps, how["tuning"]))
+            loss = bowl(Run("", "", settings, seed))
+            return {"loss": loss, "seconds": 1.0}
+
+    monkeypatch.setattr(compare_optimizers, "Series", FakeSeries)
+    optimizers = {"a": Optimizer("builtins:dict", {"learning_rate": 1.0, "b1": 0.2})}
+    parts = (dataclasses.replace(p, optimizers=["a"]) for p in (TUNE, JUDGE))
+    task = {"model": {}, "batch_size": 1, "evaluations": 1}
+    study = sketch(tasks={"t": task}, optimizers=optimizers, parts=named(*parts))
+    compare_optimizers.Worker(study, tmp_path).work()
+    assert len(done) == len(log.read(tmp_path / "runs.jsonl")) == 8 + 3
+    assert done[-1] == (3.0, 2, 10, False) and done[0] == (1.0, 100, 10, True)

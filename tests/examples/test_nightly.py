@@ -47,11 +47,53 @@ SCRIPTS = {
         *("--text", "documents/*.txt", "--vocab_size", "300", "--length", "16"),
         *("--batch_size", "8", "--steps", "12", "--save_every", "4"),
     ),
-    "compare_optimizers": (
-        *("--text", "text.txt", "--task", "gpt2", "--methods", "lion", "--seeds", "1"),
-        *("--steps", "20", "--batch-size", "8", "--eval-batches", "1"),
-    ),
+    "compare_optimizers": ("--protocol", "protocol.md"),
 }
+# Ten runs, of two optimizers.
+PROTOCOL = """
+```toml
+corpora = ["text.txt"]
+
+[grid]
+learning_rate = [1e-3, 1e-2]
+b1 = [0.9]
+b2 = [0.95]
+weight_decay = [0.1]
+warmup = [0.1]
+
+[task.gpt2-small]
+model = { vocab_size = 300, n_positions = 16, n_embd = 12, n_layer = 1, n_head = 2 }
+batch_size = 8
+evaluations = 2
+
+[optimizer.adamw]
+make = "comparing.optimizers:adamw"
+start = { learning_rate = 1e-3, b1 = 0.9, b2 = 0.95, weight_decay = 0.1, warmup = 0.1 }
+
+[optimizer.nadamw]
+make = "comparing.optimizers:nadamw"
+start = { learning_rate = 1e-3, b1 = 0.9, b2 = 0.95, weight_decay = 0.1, warmup = 0.1 }
+
+[[part]]
+name = "tune"
+kind = "tune"
+task = "gpt2-small"
+tokens_per_parameter = 2
+optimizers = ["adamw", "nadamw"]
+runs = 3
+repeats = 1
+seeds = [100, 101]
+
+[[part]]
+name = "judge"
+kind = "judge"
+task = "gpt2-small"
+tokens_per_parameter = 20
+settings = "tune"
+optimizers = ["adamw", "nadamw"]
+seeds = [0, 1]
+```
+"""
 
 
 def make_state(step: int) -> TrainState:
@@ -138,6 +180,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kills")
     lines = [f"The quick brown fox {i} jumps over {i * i} dogs.\n" for i in range(400)]
     (folder / "text.txt").write_text("".join(lines))
+    (folder / "protocol.md").write_text(PROTOCOL)
     rows = [f"{line[:-1]},{'ab'[i % 2]}\n" for i, line in enumerate(lines)]
     (folder / "text.csv").write_text("text,label\n" + "".join(rows))
     (folder / "documents").mkdir()
@@ -232,9 +275,8 @@ def outcome(folder: Path, script: str) -> Any:
             for line in (folder / "runs.jsonl").read_text().splitlines()
         ]
         for row in rows:
-            for inner in row.get("rows", ()):
-                inner.pop("seconds", None)
-        assert len(rows) > 3
+            row.pop("seconds")
+        assert len(rows) == 10
         return rows
     name = "12/default" if script == "gpt2_in_one_file" else "checkpoints/12/state"
     with ocp.StandardCheckpointer() as checkpointer:

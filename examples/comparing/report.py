@@ -1,0 +1,276 @@
+"""What a study has found so far, as a page of tables and a figure."""
+
+import collections
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from comparing import log
+from comparing.protocol import Part, Protocol, mean_and_error
+from pretraining.files import write_atomically
+from pretraining.table import format_table
+
+ADAMW, MUON = REFERENCES = ("adamw", "muon")  # What differences are to.
+SIZES = ("gpt2-small", "gpt2-middle", "gpt2-large")
+BUDGET = 20  # Tokens a parameter, at which all are judged.
+PLATEAU = 0.5  # Nats below the unigram cross-entropy that end it.
+REDRAWN = 300  # Fits, for the error of what is read off one.
+
+Row = Mapping[str, Any]
+Runs = Mapping[int, Row]  # By seed.
+
+
+class Results:
+    """The runs of a study, by what they are for."""
+
+    def __init__(self, study: Protocol, folder: Path):
+        self.study, self.rows = study, log.read(folder / "runs.jsonl")
+        self.losses = log.losses(self.rows)
+        costs = folder / "costs.json"  # Seconds a step, by task and optimizer.
+        self.seconds = json.loads(costs.read_text()) if costs.exists() else {}
+
+    def done(self, part: Part) -> list[Row]:
+        """Returns a part's finished runs."""
+        return [row for row in self.rows.values() if row["part"] == part.name]
+
+    def judged(self, task: str, budget: float = BUDGET) -> dict[str, Runs]:
+        """Returns a task's judging runs; a chosen form stands for its optimizer."""
+        found: dict[str, dict[int, Row]] = collections.defaultdict(dict)
+        for part in self.study.parts.values():
+            at = (part.kind, part.task, part.tokens_per_parameter)
+            for row in self.done(part) if at == ("judge", task, budget) else ():
+                found[row["optimizer"]][row["seed"]] = row
+        for name, optimizer in self.study.optimizers.items():
+            if optimizer.simplest_of and name not in found:
+                if (form := self.study.form(name, self.losses)) in found:
+                    found[name] = found[form]
+        return dict(found)
+
+    def compared_on(self) -> list[str]:
+        """Returns the tasks on which more than one optimizer was judged."""
+        return [task for task in self.study.tasks if len(self.judged(task)) > 1]
+
+    def missing(self) -> list[str]:
+        """Returns a line for each part that has runs to do."""
+        lines = []
+        for part in self.study.parts.values():
+            of_one = {"tune": part.runs, "rates": 3, "judge": len(part.seeds)}
+            done, most = len(self.done(part)), len(part.optimizers) * of_one[part.kind]
+            over = part.kind != "judge" and all(
+                self.study.chosen(part, name, self.losses) for name in part.optimizers
+            )
+            if done < most and not over:
+                lines.append(f"- {part.name}: {done} of {most} runs are done")
+        return lines
+
+
+def losses(runs: Iterable[Row]) -> np.ndarray:
+    """Returns final losses, infinite where training diverged."""
+    values = [run["loss"] for run in runs]
+    return np.asarray([math.inf if value is None else value for value in values])
+
+
+def gaps(runs: Runs, others: Runs) -> np.ndarray:
+    """Returns the differences of losses at the seeds that both have."""
+    seeds = sorted(set(runs) & set(others))
+    return losses(runs[s] for s in seeds) - losses(others[s] for s in seeds)
+
+
+def verdict(differences: np.ndarray) -> str:
+    """Returns a mean difference, and in a word what the protocol calls it."""
+    if not len(differences) or not np.isfinite(differences).all():
+        return ""
+    mean, error = mean_and_error(differences)
+    if math.isnan(error):
+        return f"{mean:+.4f}"
+    word = "" if abs(mean) < 2 * error else " better" if mean < 0 else " worse"
+    return f"{mean:+.4f} ± {error:.4f}{word}"
+
+
+class DataLaw:
+    """L(D) = E + A (D / D₀)^−α through losses at some numbers of tokens D."""
+
+    def __init__(self, tokens: Sequence[float], means: Any, errors: Any):
+        self.tokens = np.asarray(tokens, float)
+        noise = np.random.default_rng(0).normal(size=(REDRAWN, len(tokens)))
+        drawn = means + np.nan_to_num(errors) * noise
+        self.fits = [self._fit(values) for values in [means, *drawn]]
+
+    def _fit(self, values: np.ndarray) -> tuple[float, ...]:
+        fits = []
+        for alpha in np.geomspace(0.05, 2, 150):
+            terms = (self.tokens / self.tokens[0])[:, None] ** [[0, -alpha]]
+            (e, a), *_ = np.linalg.lstsq(terms, values, rcond=None)
+            fits.append((np.sum((terms @ [e, a] - values) ** 2), e, a, alpha))
+        return min(fits)[1:]
+
+    def tokens_for(self, mean: float, error: float) -> tuple[float, float]:
+        """Returns how many tokens a loss takes, and the error of that."""
+        noise = np.random.default_rng(1).normal(size=REDRAWN) * np.nan_to_num(error)
+        values = [
+            self.tokens[0] * ((loss - e) / a) ** (-1 / alpha) if loss > e else math.inf
+            for loss, (e, a, alpha) in zip(
+                [mean, *mean + noise], self.fits, strict=True
+            )
+        ]
+        finite = np.isfinite(values).all()
+        return values[0], float(np.std(values[1:])) if finite else math.inf
+
+
+def data_law(results: Results) -> DataLaw | None:
+    """Returns AdamW's at the smallest size, None where few budgets are judged."""
+    parts = results.study.parts.values()
+    budgets = sorted({part.tokens_per_parameter for part in parts})
+    known = [results.judged(SIZES[0], budget).get(ADAMW, {}) for budget in budgets]
+    known = [runs for runs in known if runs]
+    if len(known) < 4:
+        return None
+    tokens = [next(iter(runs.values()))["tokens"] for runs in known]
+    return DataLaw(tokens, *np.transpose([_of(runs) for runs in known]))
+
+
+def plateau(row: Row) -> float:
+    """Returns after how many steps a run left its plateau, infinite if it did not."""
+    every = row["steps"] / max(len(row["training"]), 1)
+    below = np.asarray(row["training"]) < row["unigram"] - PLATEAU
+    return every * (int(np.argmax(below)) + 1) if below.any() else math.inf
+
+
+def task_rows(results: Results, task: str) -> list[dict[str, str]]:
+    """Returns the optimizers of a task, the best first."""
+    judged = results.judged(task)
+    law = data_law(results) if task == SIZES[0] else None
+    rows = []
+    for name in sorted(judged, key=lambda name: losses(judged[name].values()).mean()):
+        runs, row = judged[name], next(iter(judged[name].values()))
+        mean, error = _of(runs)
+        cells = {"optimizer": name, "loss": f"{mean:.4f}", "seeds": str(len(runs))}
+        for other in REFERENCES:
+            if other in judged:
+                same = other == name
+                cells[f"− {other}'s"] = (
+                    "" if same else verdict(gaps(runs, judged[other]))
+                )
+        if law is not None:
+            needed, spread = np.asarray(law.tokens_for(mean, error)) / row["tokens"]
+            cells["AdamW's data for it"] = f"{needed:.2f} ± {spread:.2f}×"
+        if task.startswith("bert"):
+            steps = np.mean([plateau(run) for run in runs.values()])
+            cells["steps to leave the plateau"] = f"{steps:.0f}"
+        cells["state bytes / parameter"] = f"{row['state_bytes_per_parameter']:.2f}"
+        cells["GFLOP / step"] = f"{row['matmul_flops_per_step'] / 1e9:.3f}"
+        if name in (seconds := results.seconds.get(task, {})):
+            cells["ms / step"] = f"{1e3 * seconds[name]:.1f}"
+        rows.append(cells)
+    return rows
+
+
+def trend_rows(results: Results) -> list[dict[str, str]]:
+    """Returns differences to AdamW over the sizes, and their slope."""
+    judged = {size: results.judged(size) for size in SIZES}
+    rows = []
+    for name in results.study.optimizers:
+        cells, x, y = {"optimizer": name}, [], []
+        for size, runs in judged.items():
+            differences = gaps(runs.get(name, {}), runs.get(ADAMW, {}))
+            cells[size] = verdict(differences)
+            for difference in differences:
+                x.append(math.log10(next(iter(runs[name].values()))["parameters"]))
+                y.append(difference)
+        if name == ADAMW or len(set(x)) < 2 or not np.isfinite(y).all():
+            continue
+        x = np.asarray(x) - np.mean(x)
+        slope = x @ y / (x @ x)
+        left = np.asarray(y) - np.mean(y) - slope * x
+        error = (left @ left / max(len(y) - 2, 1) / (x @ x)) ** 0.5
+        rows.append({**cells, "a tenfold size": f"{slope:+.4f} ± {error:.4f}"})
+    return rows
+
+
+def settings_rows(results: Results, part: Part) -> list[dict[str, str]]:
+    """Returns what a search has found, or the best so far."""
+    rows = []
+    for name in part.optimizers:
+        runs = [row for row in results.done(part) if row["optimizer"] == name]
+        if not runs:
+            continue
+        chosen = results.study.chosen(part, name, results.losses)
+        settings = chosen or min(runs, key=lambda run: losses([run])[0])["settings"]
+        at = losses(run for run in runs if run["settings"] == settings)
+        described = ", ".join(f"{k} {v:g}" for k, v in settings.items())
+        cells = {"optimizer": name, "runs": str(len(runs)), "loss": f"{at.mean():.4f}"}
+        rows.append({**cells, "settings": described + ("" if chosen else ", so far")})
+    return rows
+
+
+def write(study: Protocol, folder: Path) -> str:
+    """Writes `results.md` and `results.svg` into a study's folder; returns the page."""
+    results = Results(study, folder)
+    tables = {task: task_rows(results, task) for task in results.compared_on()}
+    tables["Over sizes, loss − AdamW's"] = trend_rows(results)
+    for part in study.parts.values():
+        if part.kind != "judge":
+            tables[f"Settings: {part.name}"] = settings_rows(results, part)
+    sections = [f"## {name}\n\n{_table(rows)}" for name, rows in tables.items() if rows]
+    if missing := results.missing():
+        sections.append("## What is missing\n\n" + "\n".join(missing))
+    page = "\n\n".join(["# Results", *sections]) + "\n"
+    write_atomically(folder / "results.md", page)
+    if results.compared_on():
+        draw(folder / "results.svg", results)
+    return page
+
+
+def draw(path: Path, results: Results) -> None:
+    """Draws loss against bytes of state and against cost, a row for each task."""
+    tasks = results.compared_on()
+    figure, grid = plt.subplots(
+        len(tasks),
+        2,
+        figsize=(9, 3.2 * len(tasks)),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axes, task in zip(grid, tasks, strict=True):
+        seconds = results.seconds.get(task)
+        for name, runs in results.judged(task).items():
+            row, (mean, error) = next(iter(runs.values())), _of(runs)
+            cost = row["matmul_flops_per_step"] / 1e9
+            if seconds is not None:
+                cost = 1e3 * seconds.get(name, math.nan)
+            k = list(results.study.optimizers).index(name)
+            style = {
+                "color": f"C{k % 10}",
+                "fmt": "osD^v<>pPX*hd8"[k % 14],
+                "label": name,
+            }
+            for axis, x in zip(
+                axes, (row["state_bytes_per_parameter"], cost), strict=True
+            ):
+                if math.isfinite(mean) and math.isfinite(x):
+                    axis.errorbar(x, mean, np.nan_to_num(error), **style)
+        axes[0].set(ylabel=f"{task}: loss", xlabel="state, bytes a parameter")
+        axes[1].set(xlabel="ms a step" if seconds else "GFLOP a step")
+    known = [axis.get_legend_handles_labels() for axis in grid.flat]
+    handles = {name: h for pair in known for h, name in zip(*pair, strict=True)}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=5)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def _of(runs: Runs) -> tuple[float, float]:
+    return mean_and_error(losses(runs.values()))
+
+
+def _table(rows: Sequence[Mapping[str, str]]) -> str:
+    names = list(dict.fromkeys(name for cells in rows for name in cells))
+    cells = [names, *([row.get(name, "") for name in names] for row in rows)]
+    return format_table(cells, "<" + ">" * (len(names) - 1), markdown=True)
