@@ -125,7 +125,7 @@ class Protocol:
         settings = self.chosen(self.parts[part.settings], name, losses)
         if settings is None:
             return []
-        values = [settings]
+        values: list[Settings | None] = [settings]
         if part.kind == "rates":
             values += [self._step(settings, "learning_rate", k) for k in (-1, 1)]
         return [Run(part.name, name, s, k) for s in values if s for k in part.seeds]
@@ -135,7 +135,7 @@ class Protocol:
         optimizer = self.optimizers[name]
         if optimizer.simplest_of and name not in part.optimizers:
             form = self.form(name, losses)
-            return form and self.chosen(part, form, losses)
+            return self.chosen(part, form, losses) if form else None
         if optimizer.like:
             return self.chosen(part, optimizer.like, losses)
         runs = self.runs(part, name, losses)

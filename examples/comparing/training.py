@@ -46,7 +46,7 @@ def with_settings(make: Make, settings: Settings) -> optax.GradientTransformatio
         arrays = {name: jnp.float32(value) for name, value in settings.items()}
         return WithSettingsState(arrays, make(**arrays).init(params))
 
-    def update(updates: Any, state: WithSettingsState, params: Any = None) -> Any:
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
         updates, inner = make(**state.settings).update(updates, state.inner, params)
         return updates, WithSettingsState(state.settings, inner)
 
@@ -79,7 +79,8 @@ class Series:
         )
         self._evaluate = make_evaluate(self.task, self.mesh)
         shapes = state_shapes(self.task, tx, self.mesh)
-        arrays = jax.tree.leaves(shapes.opt_state.inner)
+        opt_state: Any = shapes.opt_state
+        arrays = jax.tree.leaves(opt_state.inner)
         parameters = sum(p.size for p in jax.tree.leaves(shapes.params))
         state_bytes = sum(x.size * x.dtype.itemsize for x in arrays)
         batch = next(pipeline.validation_batches(self.task, batch_size, 1))
@@ -161,12 +162,13 @@ class Series:
 
     def _first(self, settings: Settings, seed: int, steps: int) -> TrainState:
         state = self._init(seed)
+        opt_state: Any = state.opt_state
         everywhere = devices.replicated(self.mesh)
         arrays = {
             name: jax.device_put(np.float32(value), everywhere)
             for name, value in {**settings, "steps": steps}.items()
         }
-        return state._replace(opt_state=state.opt_state._replace(settings=arrays))
+        return state._replace(opt_state=opt_state._replace(settings=arrays))
 
     def _stack(self, batches: Iterator[Any]) -> Any:
         taken = [next(batches) for _ in range(CHUNK)]
