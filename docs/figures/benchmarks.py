@@ -16,10 +16,10 @@ from matplotlib.lines import Line2D
 RESULTS = pathlib.Path(__file__).parents[1] / "results" / "benchmarks"
 CHIPS = {"v5e": "o", "v5p": "s", "v6e": "^", "h100": "D"}
 OF_OPTIMIZER = {
-    "steady_came": COLORS["came"],
-    "came": COLORS["published-came"],
-    "AdamW": COLORS["adamw"],
-    "Adafactor": COLORS["adafactor"],
+    "steady_came": COLORS["steady_came"],
+    "came": COLORS["came"],
+    "AdamW": COLORS["AdamW"],
+    "Adafactor": COLORS["Adafactor"],
     "SGD": "#777777",
 }
 MODELS = {"gpt2": ("GPT-2 small", "o"), "bert": ("BERT base", "s")}

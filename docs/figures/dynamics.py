@@ -19,9 +19,9 @@ from came_optax import scale_by_came, steady_came
 
 STEPS = 3000
 SHAPE = (64, 64)
-PUBLISHED = COLORS["published-came"]
+PUBLISHED = COLORS["came"]
 OPTIMIZERS = {
-    "steady_came": (steady_came(1.0), COLORS["came"], "-"),
+    "steady_came": (steady_came(1.0), COLORS["steady_came"], "-"),
     "CAME, as published": (scale_by_came(), PUBLISHED, "-"),
     "bias_correction": (scale_by_came(bias_correction=True), PUBLISHED, "--"),
     "update_clipping_threshold=1": (
@@ -29,7 +29,7 @@ OPTIMIZERS = {
         PUBLISHED,
         ":",
     ),
-    "Adam": (optax.scale_by_adam(), COLORS["adamw"], "-."),
+    "Adam": (optax.scale_by_adam(), COLORS["AdamW"], "-."),
 }
 
 

@@ -34,7 +34,7 @@ def pretraining(axes, metrics):
         axes,
         rows,
         "validation_loss",
-        color=COLORS["came"],
+        color=COLORS["steady_came"],
         marker=".",
         label="validation",
     )
