@@ -69,7 +69,9 @@ def _is_hyperparameter(path: KeyPath) -> bool:
 
 def _check_alike(path: KeyPath, x: Any, like: Any) -> None:
     """Raises if an array that has no other meaning here can't be another."""
-    kinds = (jnp.floating, jnp.complexfloating, jnp.integer, jnp.bool_)
+    kinds = [jnp.floating, jnp.complexfloating, jnp.bool_]
+    if x.shape == ():  # Others than counts may be in units of their last bit.
+        kinds.append(jnp.integer)
     castable = any(all(jnp.issubdtype(a.dtype, k) for a in (x, like)) for k in kinds)
     if x.shape != like.shape or not (castable or x.dtype == like.dtype):
         raise ValueError(

@@ -13,6 +13,7 @@ import pytest
 from came_optax import (
     MasterWeightsState,
     came,
+    convert_state,
     master_weights,
     split_weights,
     state_memory,
@@ -389,6 +390,22 @@ def test_gradients_accumulated_inside_are_in_float32() -> None:
             tx, params, lambda _: {"w": jnp.ones(1, jnp.bfloat16)}, 257
         )
     np.testing.assert_array_equal(master_weights(params, state)["w"], 1.0 - 257.0)
+
+
+def test_a_job_moves_to_another_optimizer_with_its_weights() -> None:
+    params = {"w": jnp.full((64, 64), 0.3, jnp.bfloat16)}
+    old, new = (with_master_weights(tx) for tx in (optax.adamw(1e-3), came(1e-3)))
+    with jax.numpy_dtype_promotion("standard"):  # optax.adamw needs it.
+        updates, state = old.update(params, old.init(params), params)
+    params = apply(params, updates)
+    moved = convert_state(state, params, old=old, new=new)
+    assert jnp.any(state.remainder["w"] != 0)
+    chex.assert_trees_all_equal(moved.remainder, state.remainder)
+    assert jnp.all(optax.tree.get(moved, "mu")["w"] > 0)
+    for bits in (16, 32):
+        other = with_master_weights(came(1e-3), bits)
+        with pytest.raises(ValueError, match=r"remainder/w.* in new, and int8"):
+            convert_state(state, params, old=old, new=other)
 
 
 def test_the_state_can_be_donated() -> None:
