@@ -176,6 +176,25 @@ def test_exchanges_do_not_grow_with_the_layers(
     assert received <= 2 * len(sizes) * max(whole, 8 / layers * whole) / 8
 
 
+def test_small_matrices_take_places_that_larger_ones_leave(auto_mesh):
+    shardings = NamedSharding(auto_mesh(fsdp=8), P("fsdp"))
+    tx = orthogonalize(params_sharding=shardings)
+
+    def flops(*shapes):
+        updates = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        step = jax.jit(
+            lambda x: tx.update(x, optax.EmptyState())[0],
+            in_shardings=(shardings,),
+            out_shardings=shardings,
+        )
+        return step.lower(updates).compile().cost_analysis()["flops"]
+
+    large, small = (64, 128), (64, 64)
+    alone = flops(*[large] * 6)
+    assert flops(*[large] * 6, *[small] * 2) < 1.1 * alone
+    assert flops(*[large] * 6, *[small] * 3) > 1.4 * alone
+
+
 def linen_boxes(params):
     return jax.tree.map(
         lambda p: nn.Partitioned(p, names=("fsdp", "tensor")[: p.ndim]), params
