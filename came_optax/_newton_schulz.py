@@ -225,7 +225,7 @@ class _Stack:
 
     def fits(self, host: "_Stack") -> bool:
         """Returns whether the last round's matrices have a place in the host's."""
-        alike = [(s.x.dtype, s.slots, s.steps[0][0]) for s in (self, host)]
+        alike = [(s.x.dtype, s.slots, s.steps[-1]) for s in (self, host)]
         smaller = all(n <= m for n, m in zip(self.size, host.size, strict=True))
         return alike[0] == alike[1] and smaller and 0 < self.over <= host.free
 

@@ -14,6 +14,9 @@ KINDS = (
     "reduce-scatter",
 )
 
+# Those whose start has the type of (operands, results).
+STARTED_WITH_OPERANDS = ("all-gather", "all-to-all", "reduce-scatter")
+
 COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 CHANNEL = re.compile(r"channel_id=(\d+)")
 CALLED = re.compile(r"(?:calls|to_apply|body)=(%[^\s,)]+)")
@@ -63,8 +66,8 @@ def collectives(hlo: str) -> list[Collective]:
                 if channel is None or channel[1] not in seen:
                     seen.add(channel and channel[1])
                     arrays = array_sizes(match[1])
-                    if match[3] and match[2] in ("all-gather", "reduce-scatter"):
-                        arrays = arrays[len(arrays) // 2 :]  # (operands, results)
+                    if match[3] and match[2] in STARTED_WITH_OPERANDS:
+                        arrays = arrays[len(arrays) // 2 :]
                     elif match[3] and match[2] == "collective-permute":
                         arrays = arrays[1:2]  # (operand, result, contexts)
                     found.append(Collective(match[2], arrays, times))
