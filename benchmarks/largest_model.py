@@ -24,7 +24,14 @@ from flax import nnx
 from matplotlib.figure import Figure
 from measuring import ROOT, output
 from measuring.compiled_steps import CHIPS, OPTIMIZERS, Results, compile_step, one_chip
-from measuring.examples import Target, Task, blank, gpt2, with_param_dtype
+from measuring.examples import (
+    Target,
+    Task,
+    blank,
+    gpt2,
+    next_token_loss,
+    with_param_dtype,
+)
 from measuring.zoo import gpt2_shapes
 
 from came_optax import state_memory
@@ -114,7 +121,7 @@ def make_task(config: gpt2.GPT2Config) -> Task:
         return model
 
     records, length = blank(config.n_positions), config.n_positions
-    return Task("GPT-2", make_model, gpt2.next_token_loss, records, records, length)
+    return Task("GPT-2", make_model, next_token_loss, records, records, length)
 
 
 def found_largest(results: Results) -> dict[tuple[str, str, str], tuple[int, Any]]:

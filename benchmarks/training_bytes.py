@@ -16,8 +16,7 @@ from measuring import ROOT
 from measuring.zoo import gpt2_shapes
 
 from came_optax import steady_came, with_master_weights
-from pretraining.files import write_atomically
-from pretraining.table import format_table
+from table import format_table
 
 COLUMNS = ("weight", "remainder", "momentum", "statistics", "gradient")
 ADAMW, INT8 = optax.adamw(1e-3), steady_came(1e-3, mu_dtype="int8")
@@ -59,7 +58,7 @@ def main() -> None:
         sums = sum(bytes_.values()) - gradient, sum(bytes_.values())
         rows.append([name, *(f"{x:.2f}" for x in (*bytes_.values(), *sums))])
     table = format_table(rows, "<" + ">" * (len(rows[0]) - 1), markdown=True)
-    write_atomically(ROOT / "docs/results/memory/training.md", table + "\n")
+    (ROOT / "docs/results/memory/training.md").write_text(table + "\n", "utf-8")
     print(table)
 
 

@@ -15,42 +15,41 @@ import subprocess
 import time
 from pathlib import Path
 
-from pretraining.training.interrupts import quit_on_ctrl_c
-
-# One run a core.
+# One run a core; read when JAX starts.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
 )
 
-with quit_on_ctrl_c(__name__ == "__main__"):  # Imports take seconds.
-    import jax
+import jax
 
-    from comparing import log, protocol, report, tasks
-    from comparing.training import Series
-    from pretraining import cli
-    from pretraining.files import write_atomically
-    from pretraining.options import option
+from comparing import log, protocol, report, tasks
+from comparing.files import write_atomically
+from comparing.training import Series
+from running import command_line
 
 WAIT = 20  # Seconds until what others do may let a run begin.
 
 
 @dataclasses.dataclass(frozen=True)
 class CompareOptions:
-    """Options for the comparison."""
+    """Options for the comparison.
 
-    protocol: str = option(
-        "docs/results/study/protocol.md", "what to run", metavar="FILE"
-    )
-    output: str | None = option(
-        None, "folder of the runs (default: the protocol's)", metavar="FOLDER"
-    )
-    report: bool = option(False, "only report on what is done")
-    time: bool = option(False, "only measure the seconds of a step, into costs.json")
+    Attributes:
+        protocol: What to run.
+        output: Folder of the runs (by default the protocol's).
+        report: Only report on what is done.
+        time: Only measure the seconds of a step, into costs.json.
+    """
+
+    protocol: str = "docs/results/study/protocol.md"
+    output: str | None = None
+    report: bool = False
+    time: bool = False
 
 
 def main() -> None:
-    (options,) = cli.parse_without_run(__doc__, [CompareOptions])
+    (options,) = command_line.parse_without_run(__doc__, [CompareOptions])
     path = Path(options.protocol)
     study = protocol.read(path)
     folder = Path(options.output or path.parent)
@@ -154,4 +153,4 @@ def commit() -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command_line.run(main)

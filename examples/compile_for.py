@@ -12,66 +12,60 @@ The step is the one that pretrain_gpt2.py runs, with the same options:
 """
 
 import dataclasses
-from collections.abc import Mapping
+import importlib
+from typing import Literal
 
-from pretraining.training.interrupts import quit_on_ctrl_c
+import jax.numpy as jnp
 
-with quit_on_ctrl_c(__name__ == "__main__"):  # Imports take seconds.
-    import jax.numpy as jnp
-
-    from compiling import ahead_of_time, topologies
-    from pretraining import cli, scripts
-    from pretraining.options import option, positive_int
-    from pretraining.task import Task, with_param_dtype
-    from pretraining.training import devices
-    from pretraining.training.optimizers import (
-        OptimizerOptions,
-        make_optimizer,
-        make_schedule,
-    )
-    from pretraining.training.step import StepOptions
+from compiling import ahead_of_time, topologies
+from running import command_line
+from task import Count, Task, with_param_dtype
+from training import sharding
+from training.optimizers import OptimizerOptions, make_optimizer, make_schedule
+from training.step import StepOptions
 
 
 @dataclasses.dataclass(frozen=True)
 class CompileOptions:
-    """Options for what to compile, and what for."""
+    """Options for what to compile, and what for.
 
-    topology: str = option(
-        "v5e:4x4",
-        "of a TPU slice (v4, v5e, v5p, v6e), or h100:8, or h100:2x8 for two nodes",
-    )
-    slices: int = option(1, "that are connected by network", type=positive_int)
-    task: str = option("gpt2", "to train", choices=scripts.NAMES)
-    size: str = option("small", "of the model")
-    batch_size: int | None = option(
-        None, "sequences per update (default: one per chip)", type=positive_int
-    )
-    mesh: Mapping[str, int] | None = option(
-        None,
-        "chips for each way to split the work (default: fsdp takes a slice, data the "
-        "slices)",
-        type=devices.mesh_sizes,
-        metavar="AXIS=N,...",
-    )
+    Attributes:
+        topology: Of a TPU slice (v4, v5e, v5p, v6e), or h100:8, or h100:2x8 for two
+            nodes.
+        slices: That are connected by network.
+        task: To train.
+        size: Of the model.
+        batch_size: Sequences per update; by default one per chip.
+        mesh: Chips for each way to split the work, e.g. data=2,fsdp=4; by default fsdp
+            takes a slice, data the slices.
+    """
+
+    topology: str = "v5e:4x4"
+    slices: Count = 1
+    task: Literal["gpt2", "bert", "t5"] = "gpt2"
+    size: str = "small"
+    batch_size: Count | None = None
+    mesh: str | None = None
 
 
 def make_task(name: str, size: str, seq_len: int | None = None) -> Task:
-    """Returns the task of a pretraining script, without text, on accelerators."""
-    script, model = scripts.load(name, size)
-    task, _ = script.without_text(model, seq_len, jnp.bfloat16)
+    """Returns a task by its module's name, without text, on accelerators."""
+    module = importlib.import_module(f"tasks.{name}")
+    model = module.ModelOptions(size=size)
+    task: Task = module.make_task(model, None, seq_len, jnp.bfloat16)
     return task
 
 
 def main() -> None:
-    options, step, optimizer = cli.parse_without_run(
+    options, step, optimizer = command_line.parse_without_run(
         __doc__, [CompileOptions, StepOptions, OptimizerOptions]
     )
     target = topologies.target(options.topology, options.slices)
     chips = len(target.devices)
-    mesh_sizes = options.mesh or {"fsdp": chips // options.slices}
-    mesh = devices.make_mesh(mesh_sizes, target.devices)
+    sizes = options.mesh or f"fsdp={chips // options.slices}"
+    mesh = sharding.make_mesh(sharding.mesh_sizes(sizes), target.devices)
     batch_size = options.batch_size or chips * step.accumulate
-    devices.check_batch_size(batch_size, step.accumulate, mesh)
+    sharding.check_batch_size(batch_size, step.accumulate, mesh)
     task = make_task(options.task, options.size, step.seq_len)
     task = with_param_dtype(task, step.param_dtype)
     axes = ", ".join(f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1)
@@ -86,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command_line.run(main)

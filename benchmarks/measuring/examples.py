@@ -10,24 +10,19 @@ from measuring import ROOT
 
 sys.path.append(str(ROOT / "examples"))
 
-import pretrain_gpt2
 from compile_for import make_task
 from compiling import ahead_of_time, topologies
 from compiling.topologies import GIB, Target
 from compiling.traffic import traffic
-from pretraining.data.pipeline import blank
-from pretraining.errors import UserError
-from pretraining.models import bert, gpt2, t5
-from pretraining.table import format_table
-from pretraining.task import Task, with_param_dtype
-from pretraining.training import devices
-from pretraining.training.sharding import make_gather, param_shardings
-from pretraining.training.step import (
-    TrainState,
-    make_init,
-    make_train_step,
-    state_shapes,
-)
+from data.pipeline import blank
+from models import bert, gpt2, t5
+from table import format_table
+from task import Task, UserError, with_param_dtype
+from tasks.gpt2 import ModelOptions, next_token_loss
+from tasks.gpt2 import make_task as make_text_task
+from training import sharding as devices
+from training.sharding import make_gather, param_shardings
+from training.step import TrainState, make_init, make_train_step, state_shapes
 
 __all__ = [
     "GIB",
@@ -46,6 +41,7 @@ __all__ = [
     "make_init",
     "make_task",
     "make_train_step",
+    "next_token_loss",
     "param_shardings",
     "state_shapes",
     "t5",
@@ -57,6 +53,4 @@ __all__ = [
 
 def make_gpt2_task(size: str, dtype: str) -> Task:
     """Returns a GPT-2's task, computed in ``dtype`` and without text."""
-    model = pretrain_gpt2.ModelOptions(size=size)
-    task, _ = pretrain_gpt2.without_text(model, dtype=dtype)
-    return task
+    return make_text_task(ModelOptions(size=size), None, dtype=dtype)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 import came_optax
-from pretraining.training.optimizers import decay_mask
+from training.optimizers import decay_mask
 
 Tx = optax.GradientTransformation
 Schedule = optax.Schedule

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pretraining.errors import UserError
+from task import UserError
 
 Settings = Mapping[str, float]
 Losses = Mapping[str, float]  # Final losses of the finished runs by key.

@@ -14,9 +14,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from comparing import log
+from comparing.files import write_atomically
 from comparing.protocol import Part, Protocol, mean_and_error
-from pretraining.files import write_atomically
-from pretraining.table import format_table
+from table import format_table
 
 ADAMW, MUON = REFERENCES = ("adamw", "muon")  # What differences are to.
 SIZES = ("gpt2-small", "gpt2-middle", "gpt2-large")

@@ -7,16 +7,19 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from pretraining.data import corpus, masking, span_corruption, tokenization
-from pretraining.data.pipeline import Windows
-from pretraining.files import replacing
-from pretraining.models import bert, gpt2, t5
-from pretraining.task import Records, Task
+from comparing.files import replacing
+from data import corpus, masking, span_corruption, tokenization
+from data.pipeline import Windows
+from models import bert, gpt2, t5
+from task import Records, Task
+from tasks.bert import masked_token_loss
+from tasks.gpt2 import next_token_loss
+from tasks.t5 import target_token_loss
 
 # Of the documents, held out for each.
 HELD_OUT = 0.01
@@ -63,8 +66,9 @@ def make(
 
 
 def _options(name: str) -> corpus.TextOptions:
-    if name in ("sotu", "movies", "wikipedia"):
-        return corpus.TextOptions(corpus=name)
+    for packaged in get_args(corpus.Corpus):
+        if name == packaged:
+            return corpus.TextOptions(corpus=packaged)
     return corpus.TextOptions(text=[name])
 
 
@@ -78,7 +82,7 @@ def _gpt2(model: dict[str, Any], documents: Sequence[str]) -> _Kind:
     length = config.n_positions
     task = {
         "make_model": lambda rngs: gpt2.GPT2(config, rngs=rngs),
-        "loss_fn": gpt2.next_token_loss,
+        "loss_fn": next_token_loss,
         "tokens_per_record": length,
     }
     tokenizer = tokenization.byte_level_bpe(documents, config.vocab_size)
@@ -91,7 +95,7 @@ def _bert(model: dict[str, Any], documents: Sequence[str]) -> _Kind:
     tokenizer = masking.wordpiece(documents, config.vocab_size)
     task = {
         "make_model": lambda rngs: bert.MaskedLM(config, rngs=rngs),
-        "loss_fn": bert.masked_token_loss,
+        "loss_fn": masked_token_loss,
         "tokens_per_record": length,
         "transform": masking.Masking.of(tokenizer),
     }
@@ -105,7 +109,7 @@ def _t5(model: dict[str, Any], documents: Sequence[str]) -> _Kind:
     corruption = span_corruption.SpanCorruption.of(tokenizer, inputs)
     task = {
         "make_model": lambda rngs: t5.T5(config, rngs=rngs),
-        "loss_fn": t5.target_token_loss,
+        "loss_fn": target_token_loss,
         "tokens_per_record": corruption.length,
         "transform": corruption,
     }

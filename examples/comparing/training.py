@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from comparing.files import replacing
 from comparing.protocol import Settings, make_schedule
 from comparing.tasks import Splits
-from pretraining.data import pipeline
-from pretraining.files import replacing
-from pretraining.training import devices
-from pretraining.training.step import (
+from data import pipeline
+from training import sharding
+from training.step import (
     TrainState,
     make_evaluate,
     make_init,
@@ -62,7 +62,7 @@ class Series:
 
     def __init__(self, splits: Splits, batch_size: int, make: Make, start: Settings):
         self.splits, self.task, self.batch_size = splits, splits.task, batch_size
-        self.mesh = devices.make_mesh(devices=jax.devices()[:1])
+        self.mesh = sharding.make_mesh(devices=jax.devices()[:1])
 
         def clipped(learning_rate: Any, warmup: Any, steps: Any, **settings: Any):
             schedule = make_schedule(learning_rate, warmup, steps)
@@ -75,7 +75,7 @@ class Series:
         self._steps = jax.jit(
             lambda state, batches: jax.lax.scan(step, state, batches),
             donate_argnums=0,
-            out_shardings=devices.replicated(self.mesh),
+            out_shardings=sharding.replicated(self.mesh),
         )
         self._evaluate = make_evaluate(self.task, self.mesh)
         shapes = state_shapes(self.task, tx, self.mesh)
@@ -163,7 +163,7 @@ class Series:
     def _first(self, settings: Settings, seed: int, steps: int) -> TrainState:
         state = self._init(seed)
         opt_state: Any = state.opt_state
-        everywhere = devices.replicated(self.mesh)
+        everywhere = sharding.replicated(self.mesh)
         arrays = {
             name: jax.device_put(np.float32(value), everywhere)
             for name, value in {**settings, "steps": steps}.items()
@@ -173,7 +173,7 @@ class Series:
     def _stack(self, batches: Iterator[Any]) -> Any:
         taken = [next(batches) for _ in range(CHUNK)]
         stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *taken)
-        return devices.put_batch(stacked, self.mesh, axis=1)
+        return sharding.put_batch(stacked, self.mesh, axis=1)
 
 
 def unigram(tokens: np.ndarray) -> float:

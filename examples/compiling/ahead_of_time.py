@@ -14,11 +14,11 @@ from jax.sharding import Mesh, NamedSharding
 
 from compiling.collectives import Collective, collectives
 from compiling.topologies import GIB, Target
-from pretraining.data import pipeline
-from pretraining.table import format_table
-from pretraining.task import Task
-from pretraining.training import devices
-from pretraining.training.step import TrainState, make_train_step, state_shapes
+from data import pipeline
+from table import format_table
+from task import Task
+from training import sharding
+from training.step import TrainState, make_train_step, state_shapes
 
 # What a TPU's compiler says when it gives up before and after it has placed buffers.
 EXCEEDS = re.compile(
@@ -98,9 +98,9 @@ def compile_train_step(
         accumulate: Parts that they are computed in.
     """
     state = state_shapes(task, tx, mesh)
-    sharding = NamedSharding(mesh, devices.BATCH)
+    rows = NamedSharding(mesh, sharding.BATCH)
     batch = {
-        name: jax.ShapeDtypeStruct((batch_size, *x.shape), x.dtype, sharding=sharding)
+        name: jax.ShapeDtypeStruct((batch_size, *x.shape), x.dtype, sharding=rows)
         for name, x in pipeline.record_shapes(task).items()
     }
     step = make_train_step(task, tx, accumulate, 0, mesh)

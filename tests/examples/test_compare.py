@@ -18,10 +18,9 @@ import compare_optimizers
 from comparing import log, optimizers, protocol, report, training
 from comparing.protocol import Optimizer, Part, Protocol, Run
 from comparing.tasks import Splits
-from pretraining.data.pipeline import Windows
-from pretraining.errors import UserError
-from pretraining.models import gpt2
-from pretraining.task import Task
+from data.pipeline import Windows
+from models import gpt2
+from task import Task, UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = ROOT / "docs/results/study/protocol.md"

@@ -14,10 +14,9 @@ from compiling import ahead_of_time, topologies
 from compiling.ahead_of_time import Report, needed_and_available
 from compiling.collectives import Collective, collectives
 from compiling.topologies import GIB
-from pretraining.data import pipeline
-from pretraining.errors import UserError
-from pretraining.training import devices
-from pretraining.training.optimizers import (
+from task import UserError
+from training import sharding
+from training.optimizers import (
     OptimizerOptions,
     make_optimizer,
     make_schedule,
@@ -125,7 +124,7 @@ def compile_step():
     def compile_step(task, size, topology, slices=1, batch_size=None, **options):
         target = topologies.target(topology, slices)
         chips = len(target.devices)
-        mesh = devices.make_mesh({"fsdp": chips // slices}, target.devices)
+        mesh = sharding.make_mesh({"fsdp": chips // slices}, target.devices)
         optimizer = OptimizerOptions(**options)
         tx = make_optimizer(optimizer, make_schedule(optimizer, 100))
         mock = compile_for.make_task(task, size, seq_len=128)
@@ -167,25 +166,6 @@ def test_too_large_a_batch_is_a_verdict(compile_step):
 def test_unknown_topologies_are_refused(compile_step, topology):
     with pytest.raises(UserError, match=f"--topology {topology}: "):
         compile_step("gpt2", "nano", topology)
-
-
-@pytest.mark.parametrize(
-    ("task", "expected"),
-    [
-        ("gpt2", {"tokens": (1025,)}),
-        ("bert", {"tokens": (512,), "positions": (77,), "targets": (77,)}),
-        ("t5", {"inputs": (512,), "targets": (114,)}),
-    ],
-)
-def test_records_have_the_shapes_that_training_has(task: str, expected):
-    task = compile_for.make_task(task, "small")
-    shapes = pipeline.record_shapes(task)
-    assert {name: x.shape for name, x in shapes.items()} == expected | {"weight": ()}
-
-
-def test_unknown_sizes_are_refused():
-    with pytest.raises(UserError, match="--size huge: gpt2 has nano, tiny, small"):
-        compile_for.make_task("gpt2", "huge")
 
 
 def test_a_task_loads_no_other():

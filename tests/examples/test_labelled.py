@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pretraining.data import labelled, masking
-from pretraining.data.labelled import Examples, Labelled, LabelledTextOptions
-from pretraining.errors import UserError
+from data import labelled, masking
+from data.labelled import Examples, Labelled, LabelledTextOptions
+from task import UserError
 
 ROWS = [Labelled(f"Sentence {i} of many", "ab"[i % 2]) for i in range(400)]
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pretraining.data.masking import Masking
+from data.masking import Masking
 
 MASKING = Masking(cls=2, sep=3, mask=4, special=5, vocab_size=50)
 

@@ -1,6 +1,5 @@
 """Training on meshes: the same losses on each, parameters and state in parts."""
 
-import argparse
 import functools
 import math
 
@@ -11,11 +10,13 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+import tasks.bert
+import tasks.gpt2
+import tasks.t5
 from came_optax import came
-from pretraining.errors import UserError
-from pretraining.models import bert, gpt2, t5
-from pretraining.task import Task
-from pretraining.training import devices, step
+from models import bert, gpt2, t5
+from task import Task, UserError
+from training import sharding, step
 
 BATCH_SIZE, LENGTH, VOCABULARY = 16, 8, 24
 
@@ -39,17 +40,17 @@ def make_task(model, config, loss_fn) -> Task:
 GPT2 = make_task(
     gpt2.GPT2,
     gpt2.GPT2Config(VOCABULARY, LENGTH, n_embd=32, n_layer=1, n_head=8),
-    gpt2.next_token_loss,
+    tasks.gpt2.next_token_loss,
 )
 BERT = make_task(
     bert.MaskedLM,
     bert.BERTConfig(VOCABULARY, LENGTH, 2, 32, 64, 1, 8),
-    bert.masked_token_loss,
+    tasks.bert.masked_token_loss,
 )
 T5 = make_task(
     t5.T5,
     t5.T5Config(VOCABULARY, 32, 4, 64, 1, 1, 8),
-    t5.target_token_loss,
+    tasks.t5.target_token_loss,
 )
 WEIGHT = np.ones(BATCH_SIZE, np.float32)
 CASES = {
@@ -76,7 +77,7 @@ def train(task, batch, mesh, accumulate=1):
     train_step = step.make_train_step(task, TX, accumulate, 0, mesh)
     losses = []
     for _ in range(3):
-        state, metrics = train_step(state, devices.put_batch(batch, mesh))
+        state, metrics = train_step(state, sharding.put_batch(batch, mesh))
         losses.append(float(metrics["loss"]))
     assert train_step._cache_size() == 1
     return state, losses
@@ -84,7 +85,7 @@ def train(task, batch, mesh, accumulate=1):
 
 @functools.cache
 def losses_on_one_device(task):
-    return train(*CASES[task], devices.make_mesh({}, jax.devices()[:1]))[1]
+    return train(*CASES[task], sharding.make_mesh({}, jax.devices()[:1]))[1]
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,7 @@ def losses_on_one_device(task):
     ],
 )
 def test_losses_do_not_depend_on_the_mesh(task, sizes, accumulate):
-    state, losses = train(*CASES[task], devices.make_mesh(sizes), accumulate)
+    state, losses = train(*CASES[task], sharding.make_mesh(sizes), accumulate)
     assert losses[0] > losses[2]
     assert losses == pytest.approx(losses_on_one_device(task), rel=1e-5)
     parts = [p.addressable_data(0).size for p in jax.tree.leaves(state.params)]
@@ -125,7 +126,7 @@ def test_losses_do_not_depend_on_the_mesh(task, sizes, accumulate):
 )
 def test_parameters_and_state_are_split(sizes, kernel, joining, embedding):
     chips = jax.devices()[: math.prod(sizes.values())]
-    mesh = devices.make_mesh(sizes, chips)
+    mesh = sharding.make_mesh(sizes, chips)
     shapes = step.state_shapes(GPT2, TX, mesh)
     mu = optax.tree.get(shapes.opt_state, "mu")
     for tree in shapes.params, mu:
@@ -142,23 +143,23 @@ def test_parameters_and_state_are_split(sizes, kernel, joining, embedding):
 
 
 def test_mesh_takes_what_is_given_and_data_the_rest():
-    assert devices.make_mesh().shape == {"data": 8, "fsdp": 1, "tensor": 1}
-    assert devices.mesh_sizes("auto") == {}  # Takes back one given before.
-    given = devices.mesh_sizes("fsdp=2,tensor=2")
-    assert devices.make_mesh(given).shape == {"data": 2, "fsdp": 2, "tensor": 2}
-    chex.assert_equal(devices.data_part(devices.make_mesh(given)), (0, 1))
+    assert sharding.make_mesh().shape == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert sharding.mesh_sizes("auto") == {}  # Takes back one given before.
+    given = sharding.mesh_sizes("fsdp=2,tensor=2")
+    assert sharding.make_mesh(given).shape == {"data": 2, "fsdp": 2, "tensor": 2}
+    chex.assert_equal(sharding.data_part(sharding.make_mesh(given)), (0, 1))
 
 
 @pytest.mark.parametrize("text", ["", "fsdp", "fsdp=0", "pipe=2", "data=2,data=2"])
 def test_mesh_is_read_or_refused(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="is not like data=2,fsdp=4"):
-        devices.mesh_sizes(text)
+    with pytest.raises(UserError, match="must be like data=2,fsdp=4"):
+        sharding.mesh_sizes(text)
 
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 3}, {"data": 16}, {"data": 2}])
 def test_mesh_must_fit_the_devices(sizes):
     with pytest.raises(UserError, match=r"--mesh .*: there are 8 devices"):
-        devices.make_mesh(sizes)
+        sharding.make_mesh(sizes)
 
 
 class Chip:
@@ -186,36 +187,10 @@ class FakeMesh:
 def test_each_process_loads_its_part(monkeypatch, processes, parts):
     for index, part in enumerate(parts):
         monkeypatch.setattr(jax, "process_index", lambda index=index: index)
-        assert devices.data_part(FakeMesh(processes)) == part
+        assert sharding.data_part(FakeMesh(processes)) == part
 
 
 def test_scattered_processes_are_refused(monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 0)
     with pytest.raises(UserError, match="must be neighbours"):
-        devices.data_part(FakeMesh([0, 0, 1, 1, 0, 0, 1, 1]))
-
-
-@pytest.mark.parametrize(
-    ("environment", "joins"),
-    [
-        ({"SLURM_NTASKS": "4"}, False),  # A shell that salloc opened.
-        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, False),
-        (
-            {
-                "SLURM_NTASKS": "4",
-                "SLURM_PROCID": "0",
-                "SLURM_LOCALID": "0",
-                "SLURM_STEP_NODELIST": "node",
-            },
-            True,
-        ),
-    ],
-    ids=["salloc", "sbatch", "srun"],
-)
-def test_only_tasks_of_srun_join_each_other(monkeypatch, environment, joins):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda: calls.append(1))
-    devices.connect()
-    assert len(calls) == joins
+        sharding.data_part(FakeMesh([0, 0, 1, 1, 0, 0, 1, 1]))

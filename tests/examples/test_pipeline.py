@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from pretraining.data import pipeline
-from pretraining.data.pipeline import Windows
-from pretraining.task import Task
+from data import pipeline
+from data.pipeline import Windows
+from task import Task
 
 TOKENS = np.arange(81, dtype=np.uint16)
 
@@ -91,6 +91,22 @@ def test_validation_has_each_record_once_and_padding_of_weight_zero():
     chex.assert_trees_all_equal(
         list(pipeline.validation_batches(make_task(), 4, limit=1)), batches[:1]
     )
+
+
+def test_what_is_hidden_of_a_record_does_not_depend_on_the_batch_size():
+    def noise(batch_size: int) -> dict[int, int]:
+        task = make_task(transform=add_noise)
+        batches = pipeline.validation_batches(task, batch_size)
+        return {
+            int(tokens[0]): int(number)
+            for batch in batches
+            for tokens, number, weight in zip(
+                batch["tokens"], batch["noise"], batch["weight"], strict=True
+            )
+            if weight
+        }
+
+    assert noise(2) == noise(4) == noise(5)
 
 
 def test_fingerprint_follows_every_token():

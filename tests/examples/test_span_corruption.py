@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from pretraining.data.span_corruption import SENTINELS, SpanCorruption
-from pretraining.errors import UserError
+from data.span_corruption import SENTINELS, SpanCorruption
+from task import UserError
 
 END = 1
 SENTINEL_IDS = range(1099, 999, -1)

@@ -11,11 +11,11 @@ import pytest
 from flax import nnx
 
 from came_optax import came, steady_came
-from pretraining.errors import UserError
-from pretraining.models import gpt2
-from pretraining.task import Task, with_param_dtype
-from pretraining.training import devices, step
-from pretraining.training.optimizers import (
+from models import gpt2
+from task import Task, UserError, with_param_dtype
+from tasks.gpt2 import next_token_loss
+from training import sharding, step
+from training.optimizers import (
     OptimizerOptions,
     decay_mask,
     make_optimizer,
@@ -26,7 +26,7 @@ CONFIG = gpt2.GPT2Config(vocab_size=13, n_positions=8, n_embd=12, n_layer=1, n_h
 TASK = Task(
     name="mock",
     make_model=lambda rngs: gpt2.GPT2(CONFIG, rngs=rngs),
-    loss_fn=gpt2.next_token_loss,
+    loss_fn=next_token_loss,
     train=[],
     validation=[],
     tokens_per_record=8,
@@ -45,12 +45,12 @@ def implicit_promotion():
 
 
 def train(tx: optax.GradientTransformation, steps: int, accumulate: int = 1):
-    mesh = devices.make_mesh()
+    mesh = sharding.make_mesh()
     state = step.make_init(TASK, tx, mesh)(0)
     train_step = step.make_train_step(TASK, tx, accumulate, 0, mesh)
     losses = []
     for _ in range(steps):
-        state, metrics = train_step(state, devices.put_batch(BATCH, mesh))
+        state, metrics = train_step(state, sharding.put_batch(BATCH, mesh))
         losses.append(float(metrics["loss"]))
     assert train_step._cache_size() == 1
     return state, losses
@@ -73,7 +73,7 @@ def test_pretrained_parameters_keep_the_dtype_and_the_devices_of_the_first():
     task = dataclasses.replace(
         task, pretrained=lambda params: jax.tree.map(np.float32, params)
     )
-    init = step.make_init(task, optax.sgd(1.0), devices.make_mesh())
+    init = step.make_init(task, optax.sgd(1.0), sharding.make_mesh())
     state, expected = step.first_state(task, init, 0), init(0)
     chex.assert_trees_all_equal(state.params, expected.params)
     chex.assert_trees_all_equal_shapes_and_dtypes(state.params, expected.params)
@@ -90,8 +90,30 @@ def test_accumulation_changes_nothing_but_rounding():
     chex.assert_trees_all_close(whole.params, parts.params, atol=1e-6)
 
 
+def test_gradients_of_many_parts_are_added_up_in_float32():
+    batch = {name: np.concatenate([x] * 32) for name, x in BATCH.items()}
+    rng = np.random.default_rng(1)
+    batch["tokens"] = rng.integers(13, size=(512, 9), dtype=np.int32)
+    task = with_param_dtype(TASK, "bfloat16")
+    mesh = sharding.make_mesh()
+    gradients = []
+    for accumulate in 1, 64:
+        tx = optax.trace(0.0)  # Keeps the gradients.
+        state = step.make_init(task, tx, mesh)(0)
+        train_step = step.make_train_step(task, tx, accumulate, 0, mesh)
+        state, _ = train_step(state, sharding.put_batch(batch, mesh))
+        leaves = jax.tree.leaves(optax.tree.get(state.opt_state, "trace"))
+        gradients.append(
+            np.concatenate([np.ravel(x).astype(np.float64) for x in leaves])
+        )
+    whole, parts = gradients
+    error = np.sqrt(np.mean((parts - whole) ** 2) / np.mean(whole**2))
+    # Rounding the whole and the sum once each gives 0.25 %.
+    assert error < 4e-3
+
+
 def test_evaluation_leaves_padding_out():
-    mesh = devices.make_mesh()
+    mesh = sharding.make_mesh()
     params = step.make_init(TASK, optax.identity(), mesh)(0).params
     padded = {
         "tokens": np.concatenate([BATCH["tokens"][:11], np.zeros((5, 9), np.int32)]),
@@ -99,13 +121,13 @@ def test_evaluation_leaves_padding_out():
     }
     mean = step.make_evaluate(TASK, mesh)(params, [padded])["loss"]
     alone = {name: array[:11] for name, array in BATCH.items()}
-    expected = nnx.jit(gpt2.next_token_loss)(step.merge(TASK, params), alone)["loss"]
+    expected = nnx.jit(next_token_loss)(step.merge(TASK, params), alone)["loss"]
     assert expected.count == 11 * 8
     assert mean == pytest.approx(float(expected.total / expected.count), rel=1e-5)
 
 
 def test_kernels_alone_are_decayed():
-    params = step.state_shapes(TASK, optax.identity(), devices.make_mesh()).params
+    params = step.state_shapes(TASK, optax.identity(), sharding.make_mesh()).params
     mask = nnx.to_flat_state(decay_mask(params))
     decayed = {path[-1] for path, leaf in mask if leaf.get_raw_value()}
     spared = {path[-1] for path, leaf in mask if not leaf.get_raw_value()}
@@ -114,11 +136,11 @@ def test_kernels_alone_are_decayed():
 
 
 def test_batches_must_split_evenly():
-    mesh = devices.make_mesh()
-    devices.check_batch_size(32, 4, mesh)
+    mesh = sharding.make_mesh()
+    sharding.check_batch_size(32, 4, mesh)
     for batch_size, accumulate in (12, 1), (16, 4):
         with pytest.raises(UserError, match="--batch-size"):
-            devices.check_batch_size(batch_size, accumulate, mesh)
+            sharding.check_batch_size(batch_size, accumulate, mesh)
 
 
 @pytest.mark.parametrize(

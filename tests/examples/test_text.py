@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pretraining.data import baselines, corpus, tokenization
-from pretraining.data.corpus import TextOptions
-from pretraining.errors import UserError
+from data import corpus, tokenization
+from data.corpus import TextOptions
+from task import UserError
 
 DOCUMENTS = [f"This is document {i}, and it says {i * i}." for i in range(300)]
 
@@ -85,6 +85,13 @@ def test_split_of_few_documents_holds_one_out():
         corpus.split(["a"])
 
 
+def test_a_text_of_one_piece_repeated_is_called_that():
+    with pytest.raises(UserError, match="the text is one piece 40 times over"):
+        corpus.split([*["a line\n"] * 40, "a li"])
+    train, validation = corpus.split([*DOCUMENTS, *["a line\n"] * 40])
+    assert train and validation
+
+
 def test_tokenizer_round_trip_and_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -129,7 +136,7 @@ def test_encoding_takes_documents_in_batches(
 
 def test_baselines_by_hand():
     # After 0 came 1 twice and 2 once; 3 never came.
-    losses = baselines.cross_entropies(
+    losses = tokenization.cross_entropies(
         np.array([0, 1, 0, 1, 0, 2]), np.array([0, 1, 3]), vocab_size=4
     )
     unigram = {1: 3 / 10, 3: 1 / 10}
@@ -147,16 +154,16 @@ def test_baselines_by_hand():
 def test_baselines_count_in_parts(part: int, monkeypatch: pytest.MonkeyPatch):
     rng = np.random.default_rng(0)
     texts = rng.integers(5, size=50, dtype=np.uint16), rng.integers(6, size=20)
-    whole = baselines.cross_entropies(*texts, 6)
-    monkeypatch.setattr(baselines, "PART", part)
-    assert baselines.cross_entropies(*texts, 6) == whole
+    whole = tokenization.cross_entropies(*texts, 6)
+    monkeypatch.setattr(tokenization, "COUNTED", part)
+    assert tokenization.cross_entropies(*texts, 6) == whole
 
 
 def test_bigram_probabilities_sum_to_one():
     train = np.random.default_rng(0).integers(5, size=50)
     for before in range(6):  # 5 was never seen.
         losses = [
-            baselines.cross_entropies(train, np.array([before, after]), 6)["bigram"]
+            tokenization.cross_entropies(train, np.array([before, after]), 6)["bigram"]
             for after in range(6)
         ]
         assert sum(math.exp(-loss) for loss in losses) == pytest.approx(1)

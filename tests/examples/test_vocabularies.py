@@ -1,18 +1,12 @@
 """WordPiece and Unigram vocabularies: special tokens, round trips, limits."""
 
 import re
-import signal
-import tempfile
-import threading
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import tokenizers
-from tokenizers import Tokenizer
 
-from pretraining.data import masking, span_corruption, tokenization
-from pretraining.errors import UserError
+from data import masking, span_corruption, tokenization
+from task import UserError
 
 DOCUMENTS = [f"This is document {i}, and it says\n{i * i}." for i in range(300)]
 
@@ -50,25 +44,6 @@ def test_each_vocabulary_is_learnt_from_as_much_as_takes_a_minute(
         assert least < int(said[1].replace(",", "")) < most
         make(DOCUMENTS, 300)
         assert capsys.readouterr().out == ""  # It is kept.
-
-
-def test_ctrl_c_does_not_wait_until_a_vocabulary_is_learnt():
-    """It raises in the thread that waits, not in the one that learns."""
-    learning, go_on = threading.Event(), threading.Event()
-
-    def train(documents: Sequence[str]) -> Tokenizer:
-        learning.set()
-        go_on.wait(timeout=60)
-        return Tokenizer(tokenizers.models.BPE())
-
-    def interrupt() -> None:
-        learning.wait()
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-
-    threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
-        tokenization.cached("kind", DOCUMENTS, 300, train)
-    go_on.set()
 
 
 def test_wordpiece():
@@ -170,8 +145,3 @@ def test_a_cache_that_cannot_be_written_is_none(
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert tokenization.byte_level_bpe(DOCUMENTS, 300).get_vocab_size() == 300
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(Path, "home", lambda: Path("~nobody-at-all").expanduser())
-    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
-    tokenization.byte_level_bpe(DOCUMENTS, 300)
-    assert (tmp_path / "temporary" / "came-optax").exists()

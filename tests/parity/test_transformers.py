@@ -17,8 +17,9 @@ import torch
 import transformers
 from flax import nnx
 
-from pretraining.errors import UserError
-from pretraining.models import bert, gpt2, hugging_face, t5
+from formats import hugging_face
+from models import bert, gpt2, t5
+from task import UserError
 
 pytestmark = pytest.mark.parity
 
@@ -29,7 +30,6 @@ VOCAB = 37
 class Case(NamedTuple):
     """A model of each library, and what it is called with."""
 
-    model_type: str
     theirs: type
     their_config: transformers.PretrainedConfig
     ours: type
@@ -54,7 +54,6 @@ def t5_config(**others: Any) -> transformers.T5Config:
 
 CASES = {
     "gpt2": Case(
-        "gpt2",
         transformers.GPT2LMHeadModel,
         transformers.GPT2Config(
             vocab_size=VOCAB, n_positions=32, n_embd=24, n_layer=2, n_head=3
@@ -63,7 +62,6 @@ CASES = {
         ("input_ids",),
     ),
     "bert": Case(
-        "bert",
         transformers.BertForMaskedLM,
         transformers.BertConfig(
             vocab_size=VOCAB,
@@ -77,7 +75,6 @@ CASES = {
         ("input_ids",),
     ),
     "t5-v1.0": Case(
-        "t5",
         transformers.T5ForConditionalGeneration,
         t5_config(feed_forward_proj="relu", tie_word_embeddings=True),
         t5.T5,
@@ -85,19 +82,22 @@ CASES = {
     ),
     # A new v1.1 model is tied in transformers 5; the published ones are not.
     "t5-v1.1-tied": Case(
-        "t5",
         transformers.T5ForConditionalGeneration,
         t5_config(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
         t5.T5,
         ("input_ids", "decoder_input_ids"),
     ),
     "t5-v1.1": Case(
-        "t5",
         transformers.T5ForConditionalGeneration,
         t5_config(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
         t5.T5,
         ("input_ids", "decoder_input_ids"),
     ),
+}
+CONFIGS = {
+    gpt2.GPT2: gpt2.GPT2Config,
+    bert.MaskedLM: bert.BERTConfig,
+    t5.T5: t5.T5Config,
 }
 LENGTHS = {"input_ids": 23, "decoder_input_ids": 17}
 
@@ -124,10 +124,10 @@ def their_model(case: Case, folder: Path) -> transformers.PreTrainedModel:
 
 
 def load(case: Case, folder: Path) -> nnx.Module:
-    config = hugging_face.load_config(folder, case.model_type)
+    config = hugging_face.load_config(folder, CONFIGS[case.ours])
     model = nnx.eval_shape(lambda: case.ours(config, rngs=nnx.Rngs(0)))
     params = nnx.state(model, nnx.Param)
-    nnx.update(model, hugging_face.load_params(folder, case.model_type, params))
+    nnx.update(model, hugging_face.load_params(folder, config, params))
     return model
 
 
@@ -189,7 +189,7 @@ def test_every_gradient(case: Case, tmp_path: Path):
 
 def test_they_load_our_file(case: Case, tmp_path: Path):
     their_model(case, tmp_path / "theirs")
-    config = hugging_face.load_config(tmp_path / "theirs", case.model_type)
+    config = hugging_face.load_config(tmp_path / "theirs", CONFIGS[case.ours])
     model = case.ours(config, rngs=nnx.Rngs(0))
     hugging_face.save(tmp_path, model)
     theirs, report = case.theirs.from_pretrained(tmp_path, output_loading_info=True)
@@ -209,10 +209,10 @@ def test_encoder_of_padded_pairs(head: bool, tmp_path: Path):
     theirs = their_model(case, tmp_path)
     if not head:
         theirs.bert.save_pretrained(tmp_path)
-    config = hugging_face.load_config(tmp_path, "bert")
+    config = hugging_face.load_config(tmp_path, bert.BERTConfig)
     encoder = nnx.eval_shape(lambda: bert.BERT(config, rngs=nnx.Rngs(0)))
     params = nnx.state(encoder, nnx.Param)
-    nnx.update(encoder, hugging_face.load_params(tmp_path, "bert", params))
+    nnx.update(encoder, hugging_face.load_params(tmp_path, config, params))
 
     tokens = random_tokens(case)["input_ids"]
     segments = np.where(np.arange(23) < [[5], [9], [23]], 0, 1)

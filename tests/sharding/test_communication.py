@@ -13,9 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from came_optax import BalancedSplit, came, state_sharding, steady_came
 from compiling.collectives import collectives
-from pretraining.models.gpt2 import GPT2, SIZES
-from pretraining.training.devices import make_mesh
-from pretraining.training.sharding import param_shardings
+from models.gpt2 import GPT2, SIZES
+from training.sharding import make_mesh, param_shardings
 
 
 def gpt2_shapes(layers, width):

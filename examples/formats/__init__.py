@@ -1,0 +1,1 @@
+"""Folders of other libraries, and the models in them."""

@@ -1,1 +1,0 @@
-"""Transformer models in Flax NNX, one file each, and how to save and sample them."""

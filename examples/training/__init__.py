@@ -1,0 +1,1 @@
+"""The training step, the optimizers, and what is split over which devices."""

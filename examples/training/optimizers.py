@@ -1,0 +1,150 @@
+"""The optimizers that the examples train with, all under one schedule and clipping."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import optax
+
+import came_optax
+from task import NonNegative, Positive, Rate, UserError, Whole
+
+# Peak learning rates where none is given; 3e-3 for the others.
+LEARNING_RATES = {"published-came": 1e-3, "lion": 1e-3}
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerOptions:
+    """Options for the optimizer.
+
+    Attributes:
+        optimizer: Update rule; came is steady_came, published-came has the paper's
+            defaults.
+        learning_rate: Peak learning rate; by default 1e-3 for published-came and lion,
+            3e-3 for others.
+        warmup: Steps of linear warmup; by default a tenth of all.
+        weight_decay: Decoupled, on kernels only.
+        clip_norm: Largest global gradient norm.
+        b1: Decay rate of the momentum (this and the next are by default the
+            optimizer's own); adafactor keeps none at 0.
+        b2: came, adamw, nadamw: decay rate of the second moment; lion: of its average.
+        b3: came: decay rate of the instability.
+        eps2: came: added to the instability.
+        nesterov: came: look one step ahead.
+        bias_correction: came: correct moments for their zero start.
+        update_clipping_threshold: came: largest RMS of a leaf's update; 0 for any.
+        mu_dtype: came: stores the momentum in this.
+        factoring: came: the rule that says which axes are factored, such as
+            came_optax.BalancedSplit; its own arguments as in --factoring.min_dim_size.
+    """
+
+    optimizer: Literal[
+        "came", "published-came", "adamw", "nadamw", "adafactor", "lion", "muon"
+    ] = "came"
+    learning_rate: Positive | None = None
+    warmup: Whole | None = None
+    weight_decay: NonNegative = 0.1
+    clip_norm: Positive = 1.0
+    b1: Rate | None = None
+    b2: Rate | None = None
+    b3: Rate | None = None
+    eps2: Positive | None = None
+    nesterov: bool | None = None
+    bias_correction: bool | None = None
+    update_clipping_threshold: NonNegative | None = None
+    mu_dtype: str = "float32"
+    factoring: came_optax.FactoringRule | None = None
+
+
+def make_schedule(options: OptimizerOptions, steps: int) -> optax.Schedule:
+    """Linear warmup from 0, then a cosine down to a tenth of the peak."""
+    peak = options.learning_rate or LEARNING_RATES.get(options.optimizer, 3e-3)
+    warmup = steps // 10 if options.warmup is None else options.warmup
+    if warmup >= steps:
+        raise UserError(f"--warmup {warmup}: must be below --steps {steps}")
+    return optax.warmup_cosine_decay_schedule(
+        peak / (warmup + 1), peak, warmup, steps, end_value=peak / 10
+    )
+
+
+def make_optimizer(
+    options: OptimizerOptions, schedule: optax.Schedule
+) -> optax.GradientTransformation:
+    """Gradient clipping, then the update rule chosen.
+
+    Raises:
+        UserError: The update rule takes no such option.
+    """
+    try:
+        update_rule = _update_rule(options, schedule)
+    except ValueError as error:
+        raise UserError(f"--optimizer {options.optimizer}: {error}") from error
+    return optax.chain(optax.clip_by_global_norm(options.clip_norm), update_rule)
+
+
+def decay_mask(params: Any) -> Any:
+    """True for kernels: biases, norms and embeddings are not decayed."""
+    return jax.tree.map_with_path(
+        lambda path, _: "kernel" in jax.tree_util.keystr(path, simple=True), params
+    )
+
+
+def _update_rule(options: OptimizerOptions, schedule: optax.Schedule) -> Any:
+    decay = options.weight_decay
+    match options.optimizer:
+        case "came" | "published-came" as name:
+            came = came_optax.steady_came if name == "came" else came_optax.came
+            clip = options.update_clipping_threshold
+            given = _given(
+                options,
+                *("b1", "b2", "b3", "eps2", "nesterov", "bias_correction"),
+                *("mu_dtype", "factoring"),
+            )
+            if clip is not None:
+                given["update_clipping_threshold"] = clip or None
+            return came(
+                schedule, **given, weight_decay=decay, weight_decay_mask=decay_mask
+            )
+        case "adamw" | "nadamw" as name:
+            betas = {"b2": 0.95} | _given(options, "b1", "b2")
+            adamw = getattr(optax, name)
+            return adamw(schedule, **betas, weight_decay=decay, mask=decay_mask)
+        case "lion":
+            betas = _given(options, "b1", "b2")
+            return optax.lion(schedule, **betas, weight_decay=decay, mask=decay_mask)
+        case "adafactor":
+            # optax.adafactor without its scaling by the parameters, as the CAME paper
+            # has it. Written out because its weight decay is not scaled by the learning
+            # rate, and ours has to be the same for all; and it would leave matrices
+            # below 128 unfactored.
+            b1 = 0.9 if options.b1 is None else options.b1
+            return optax.chain(
+                optax.scale_by_factored_rms(min_dim_size_to_factor=2),
+                optax.clip_by_block_rms(1.0),
+                optax.ema(b1, debias=False) if b1 else optax.identity(),
+                optax.add_decayed_weights(decay, decay_mask),
+                optax.scale_by_learning_rate(schedule),
+            )
+        case "muon":
+            # Kernels alone are orthogonalised, to updates with the RMS that AdamW's
+            # have, so that one learning rate fits both; the others get AdamW.
+            return optax.contrib.muon(
+                schedule,
+                beta=0.95 if options.b1 is None else options.b1,
+                adam_b2=0.95,
+                weight_decay=decay,
+                muon_weight_dimension_numbers=_muon_dimensions,
+                consistent_rms=0.2,
+            )
+
+
+def _muon_dimensions(params: Any) -> Any:
+    return jax.tree.map(
+        lambda decays: optax.contrib.MuonDimensionNumbers() if decays else None,
+        decay_mask(params),
+    )
+
+
+def _given(options: OptimizerOptions, *names: str) -> dict[str, Any]:
+    values = {name: getattr(options, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
