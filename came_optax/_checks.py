@@ -35,6 +35,8 @@ def check_scalar(
                 "optax.inject_hyperparams: pass hyperparam_dtype=jnp.float32)"
             )
         return
+    if isinstance(value, np.generic) and jnp.issubdtype(value.dtype, jnp.floating):
+        value = float(value)  # A scalar of ml_dtypes is no np.number.
     if isinstance(value, bool) or not isinstance(value, int | float | np.number):
         hint = " (for a schedule, use optax.inject_hyperparams)"
         raise TypeError(

@@ -6,9 +6,11 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import optax
 import pytest
@@ -52,6 +54,8 @@ SCHEDULE = optax.constant_schedule(0.9)
         ),
         ("b1", jnp.array(0.9 + 0j), TypeError, "must be a real number.*complex64"),
         ("b2", jnp.bfloat16(0.999), ValueError, "bfloat16.*float32 and wider"),
+        ("b2", ml_dtypes.bfloat16(0.999), ValueError, "< 1 .*got 1.0"),
+        ("learning_rate", ml_dtypes.bfloat16(-1), ValueError, ">= 0 .*got -1.0"),
         ("eps1", 0.0, ValueError, ">= 1e-30 and < inf .*got 0.0"),
         ("eps1", 1e-38, ValueError, ">= 1e-30"),
         ("eps2", float("inf"), ValueError, ">= 1e-30 and < inf .*got inf"),
@@ -75,6 +79,16 @@ def test_arguments(
 ) -> None:
     with pytest.raises(error, match=f"^{argument} .*{message}"):
         came(**{"learning_rate": 1e-3, argument: value})
+
+
+def test_a_scalar_of_ml_dtypes_is_a_number() -> None:
+    rate = ml_dtypes.bfloat16(1e-3)
+    tx, expected = came(rate, weight_decay=rate), came(float(rate), weight_decay=rate)
+    with jax.numpy_dtype_promotion("standard"):
+        (updates, _), (wanted, _) = (
+            tx.update(PARAMS, tx.init(PARAMS), PARAMS) for tx in (tx, expected)
+        )
+    chex.assert_trees_all_close(updates, wanted)
 
 
 @pytest.mark.parametrize("make", [came, steady_came, scale_by_came])
