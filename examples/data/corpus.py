@@ -73,14 +73,15 @@ def split(documents: Sequence[str]) -> tuple[list[str], list[str]]:
     threshold = max(fraction, min(hashes))
     train = [d for d, h in zip(documents, hashes, strict=True) if h > threshold]
     validation = [d for d, h in zip(documents, hashes, strict=True) if h <= threshold]
+    most = max(map(validation.count, validation))
+    if most > 1 and 2 * len(validation) > len(hashes):
+        raise UserError(
+            f"the text is one piece {most} times over: what is held out for validation "
+            "must not be trained on"
+        )
     if not train:
         raise UserError(
             "the text needs two different documents: one is held out for validation"
-        )
-    if len(set(validation)) < len(validation) and 2 * len(validation) > len(hashes):
-        raise UserError(
-            f"the text is one piece {max(map(validation.count, validation))} times over"
-            ": what is held out for validation must not be trained on"
         )
     return train, validation
 

@@ -27,9 +27,7 @@ def wordpiece(documents: Sequence[str], vocab_size: int) -> Tokenizer:
         tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
         tokenizer.decoder = tokenizers.decoders.WordPiece()
         trainer = tokenizers.trainers.WordPieceTrainer(
-            vocab_size=vocab_size,
-            special_tokens=list(SPECIAL),
-            show_progress=False,
+            vocab_size=vocab_size, special_tokens=list(SPECIAL), show_progress=False
         )
         tokenizer.train_from_iterator(documents, trainer)
         tokenizer.post_processor = tokenizers.processors.BertProcessing(

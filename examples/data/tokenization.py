@@ -49,9 +49,7 @@ def learn_and_encode(
     size = sum(map(len, train)) + sum(map(len, validation))
     print(f"encoding {size:,} characters of text", flush=True)
     return Tokens(
-        tokenizer,
-        encode(tokenizer, train, start),
-        encode(tokenizer, validation, start),
+        tokenizer, encode(tokenizer, train, start), encode(tokenizer, validation, start)
     )
 
 

@@ -113,20 +113,12 @@ FORMATS = {
 }
 
 # Early checkpoints of BERT, converted from TensorFlow, have the second ones.
-_OLD_NAMES = {
-    "LayerNorm.weight": "LayerNorm.gamma",
-    "LayerNorm.bias": "LayerNorm.beta",
-}
+_OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 _LEAVES = {r"(kernel|embedding|scale)$": "weight"}
 
 
 def save(folder: Path | str, model: Any) -> None:
-    """Writes a model's config.json and model.safetensors, in the first process.
-
-    Args:
-        folder: Where; it must exist.
-        model: A `GPT2`, `MaskedLM` or `T5`.
-    """
+    """Writes a `GPT2`, `MaskedLM` or `T5` into a folder, in the first process."""
     if jax.process_index() > 0:
         return
     form = _format(model.config)

@@ -222,8 +222,5 @@ def _embedding(entries: int, config: BERTConfig, rngs: nnx.Rngs) -> nnx.Embed:
 
 def _layer_norm(config: BERTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(
-        config.hidden_size,
-        epsilon=config.layer_norm_eps,
-        dtype=config.dtype,
-        rngs=rngs,
+        config.hidden_size, epsilon=config.layer_norm_eps, dtype=config.dtype, rngs=rngs
     )

@@ -34,10 +34,7 @@ class Classifier(nnx.Module):
         )
 
     def __call__(
-        self,
-        tokens_BxL: jax.Array,
-        mask_BxL: jax.Array,
-        rngs: nnx.Rngs | None = None,
+        self, tokens_BxL: jax.Array, mask_BxL: jax.Array, rngs: nnx.Rngs | None = None
     ) -> jax.Array:
         x_BxLxD = self.bert(tokens_BxL, mask_BxL=mask_BxL, rngs=rngs)
         x_BxLxD = x_BxLxD.astype(jnp.float32)

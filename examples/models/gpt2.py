@@ -182,8 +182,5 @@ def _embedding(entries: int, config: GPT2Config, rngs: nnx.Rngs) -> nnx.Embed:
 
 def _layer_norm(config: GPT2Config, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(
-        config.n_embd,
-        epsilon=config.layer_norm_epsilon,
-        dtype=config.dtype,
-        rngs=rngs,
+        config.n_embd, epsilon=config.layer_norm_epsilon, dtype=config.dtype, rngs=rngs
     )

@@ -74,8 +74,6 @@ SIZES = {
     "base-v1.0": _size(768, 3072, 12, 12, **VERSION_1_0),
     "large-v1.0": _size(1024, 4096, 24, 16, **VERSION_1_0),
 }
-
-
 # Input tokens, for want of a most: any number fits.
 INPUTS = {size: 512 for size in SIZES} | {"nano": 64, "tiny": 128, "tiny-v1.0": 128}
 
@@ -298,8 +296,5 @@ def _embedding(
 
 def _norm(config: T5Config, rngs: nnx.Rngs) -> nnx.RMSNorm:
     return nnx.RMSNorm(
-        config.d_model,
-        epsilon=config.layer_norm_epsilon,
-        dtype=config.dtype,
-        rngs=rngs,
+        config.d_model, epsilon=config.layer_norm_epsilon, dtype=config.dtype, rngs=rngs
     )

@@ -233,9 +233,9 @@ def _in_a_line(message: str) -> str:
     value = re.search(r"Given value: (.*)", message)
     reasons = re.findall(r"^ +- (.*)", message, re.MULTILINE)
     wrong = [reason for reason in reasons if "NoneType" not in reason]
-    text = " ".join("; ".join(wrong or message.split("\n")[bool(key) :]).split())
     if key is None:
-        return f"{text}; see --help"
+        return " ".join(message.split()) + "; see --help"
+    text = " ".join("; ".join(wrong or [message[key.end() :]]).split()).lstrip(": ")
     option = f"--{key[1].replace('_', '-')}{f' {value[1]}' if value else ''}"
     return f"{option}: {text}"
 

@@ -164,8 +164,7 @@ class Checkpoints:
                 self._make_room(sum(x.nbytes for x in leaves.values()))
             with self._manager() as manager:
                 items = ocp.args.Composite(
-                    state=ocp.args.StandardSave(leaves),
-                    about=ocp.args.JsonSave(about),
+                    state=ocp.args.StandardSave(leaves), about=ocp.args.JsonSave(about)
                 )
                 manager.save(step, args=items)
             if jax.process_index() == 0:
@@ -229,7 +228,7 @@ class Checkpoints:
         return ocp.CheckpointManager(self._folder, options=options)
 
     def _check(self, *names: str) -> None:
-        """Raises UserError if the newest checkpoint is damaged, and says what is not."""
+        """Raises UserError if the newest one is damaged, and says which one is not."""
         newest, *older = reversed(steps(self._run))
         folder = self._run / "checkpoints" / str(newest)
         if (found := checksums.damage(folder, *names)) is None:

@@ -187,10 +187,8 @@ class Trainer:
         means: dict[str, float] = {}
         with contextlib.ExitStack() as stack:
             interrupted = stack.enter_context(interrupts())
-            write = lambda *_, **__: None
-            if first_process:
-                writer = metrics.MetricsWriter(self.folder, done)
-                write = stack.enter_context(writer).write
+            writer = metrics.MetricsWriter(self.folder, done) if first_process else None
+            write = stack.enter_context(writer).write if writer else _nothing
             hidden = None if first_process else True  # None shows it on a terminal.
             bar = stack.enter_context(
                 tqdm(initial=done, total=training.steps, unit="step", disable=hidden)
@@ -285,6 +283,10 @@ class Trainer:
             self.task.references,
         )
         return result
+
+
+def _nothing(step: int, **metrics: float) -> None:
+    """Writes in the other processes."""
 
 
 def _finite_floats(

@@ -176,11 +176,7 @@ class TestWhatDoesNotFit:
         ],
     )
     def test_values(
-        self,
-        saved: Any,
-        tmp_path: Path,
-        value: dict[str, Any],
-        message: str,
+        self, saved: Any, tmp_path: Path, value: dict[str, Any], message: str
     ):
         change(tmp_path, **value)
         with pytest.raises(UserError, match=rf"config\.json: {message}"):

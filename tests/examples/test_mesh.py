@@ -48,9 +48,7 @@ BERT = make_task(
     tasks.bert.masked_token_loss,
 )
 T5 = make_task(
-    t5.T5,
-    t5.T5Config(VOCABULARY, 32, 4, 64, 1, 1, 8),
-    tasks.t5.target_token_loss,
+    t5.T5, t5.T5Config(VOCABULARY, 32, 4, 64, 1, 1, 8), tasks.t5.target_token_loss
 )
 WEIGHT = np.ones(BATCH_SIZE, np.float32)
 CASES = {
@@ -64,10 +62,7 @@ CASES = {
             "weight": WEIGHT,
         },
     ),
-    "t5": (
-        T5,
-        {"inputs": ids(LENGTH), "targets": ids(LENGTH // 2), "weight": WEIGHT},
-    ),
+    "t5": (T5, {"inputs": ids(LENGTH), "targets": ids(LENGTH // 2), "weight": WEIGHT}),
 }
 TX = came(1e-3, weight_decay=0.1)
 
