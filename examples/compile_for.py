@@ -72,7 +72,7 @@ def main() -> None:
     work = f"{batch_size} sequences of {task.tokens_per_record} tokens"
     where = f"on {target.name} ({axes})"
     print(f"{task.name}, {work}, {optimizer.optimizer}, {where}", flush=True)
-    tx = make_optimizer(optimizer, make_schedule(optimizer, 1000))
+    tx = make_optimizer(optimizer, make_schedule(optimizer, 1000), step.param_dtype)
     report = ahead_of_time.compile_train_step(
         task, tx, target, mesh, batch_size=batch_size, accumulate=step.accumulate
     )

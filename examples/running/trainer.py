@@ -103,7 +103,7 @@ class Trainer:
         sharding.check_batch_size(training.batch_size, training.accumulate, self.mesh)
         pipeline.check_lengths(task)
         self.schedule = make_schedule(optimizer, training.steps)
-        self.tx = make_optimizer(optimizer, self.schedule)
+        self.tx = make_optimizer(optimizer, self.schedule, training.param_dtype)
         self.train_step = make_train_step(
             task, self.tx, training.accumulate, training.seed, self.mesh
         )

@@ -1,6 +1,7 @@
 """The optimizers that the examples train with, all under one schedule and clipping."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -9,8 +10,23 @@ import optax
 import came_optax
 from task import NonNegative, Positive, Rate, UserError, Whole
 
+Optimizer = Literal[
+    "came",
+    "published-came",
+    "came-muon",
+    "adamw",
+    "nadamw",
+    "adafactor",
+    "lion",
+    "muon",
+]
+CAME: dict[str, Callable[..., Any]] = {
+    "came": came_optax.steady_came,
+    "published-came": came_optax.came,
+    "came-muon": came_optax.came_muon,
+}
 # Peak learning rates where none is given; 3e-3 for the others.
-LEARNING_RATES = {"published-came": 1e-3, "lion": 1e-3}
+LEARNING_RATES = {"published-came": 1e-3, "came-muon": 1e-2, "lion": 1e-3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,9 +35,9 @@ class OptimizerOptions:
 
     Attributes:
         optimizer: Update rule; came is steady_came, published-came has the paper's
-            defaults.
+            defaults, came-muon orthogonalises came's update of hidden matrices.
         learning_rate: Peak learning rate; by default 1e-3 for published-came and lion,
-            3e-3 for others.
+            1e-2 for came-muon, 3e-3 for others.
         warmup: Steps of linear warmup; by default a tenth of all.
         weight_decay: Decoupled, on kernels only.
         clip_norm: Largest global gradient norm.
@@ -33,14 +49,12 @@ class OptimizerOptions:
         nesterov: came: look one step ahead.
         bias_correction: came: correct moments for their zero start.
         update_clipping_threshold: came: largest RMS of a leaf's update; 0 for any.
-        mu_dtype: came: stores the momentum in this.
+        mu_dtype: came: stores the momentum in this: float32, bfloat16, int8 or int4.
         factoring: came: the rule that says which axes are factored, such as
             came_optax.BalancedSplit; its own arguments as in --factoring.min_dim_size.
     """
 
-    optimizer: Literal[
-        "came", "published-came", "adamw", "nadamw", "adafactor", "lion", "muon"
-    ] = "came"
+    optimizer: Optimizer = "came"
     learning_rate: Positive | None = None
     warmup: Whole | None = None
     weight_decay: NonNegative = 0.1
@@ -52,7 +66,7 @@ class OptimizerOptions:
     nesterov: bool | None = None
     bias_correction: bool | None = None
     update_clipping_threshold: NonNegative | None = None
-    mu_dtype: str = "float32"
+    mu_dtype: str | None = None
     factoring: came_optax.FactoringRule | None = None
 
 
@@ -68,18 +82,21 @@ def make_schedule(options: OptimizerOptions, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    options: OptimizerOptions, schedule: optax.Schedule
+    options: OptimizerOptions, schedule: optax.Schedule, param_dtype: str = "float32"
 ) -> optax.GradientTransformation:
     """Gradient clipping, then the update rule chosen.
+
+    In bfloat16 the state has another byte of each parameter.
 
     Raises:
         UserError: The update rule takes no such option.
     """
     try:
         update_rule = _update_rule(options, schedule)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"--optimizer {options.optimizer}: {error}") from error
-    return optax.chain(optax.clip_by_global_norm(options.clip_norm), update_rule)
+    tx = optax.chain(optax.clip_by_global_norm(options.clip_norm), update_rule)
+    return tx if param_dtype == "float32" else came_optax.with_master_weights(tx)
 
 
 def decay_mask(params: Any) -> Any:
@@ -92,8 +109,7 @@ def decay_mask(params: Any) -> Any:
 def _update_rule(options: OptimizerOptions, schedule: optax.Schedule) -> Any:
     decay = options.weight_decay
     match options.optimizer:
-        case "came" | "published-came" as name:
-            came = came_optax.steady_came if name == "came" else came_optax.came
+        case "came" | "published-came" | "came-muon" as name:
             clip = options.update_clipping_threshold
             given = _given(
                 options,
@@ -102,7 +118,7 @@ def _update_rule(options: OptimizerOptions, schedule: optax.Schedule) -> Any:
             )
             if clip is not None:
                 given["update_clipping_threshold"] = clip or None
-            return came(
+            return CAME[name](
                 schedule, **given, weight_decay=decay, weight_decay_mask=decay_mask
             )
         case "adamw" | "nadamw" as name:

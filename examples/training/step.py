@@ -27,8 +27,8 @@ class StepOptions:
     Attributes:
         seq_len: Tokens per sequence; by default the model's most.
         accumulate: Parts that a batch is computed in, to save memory.
-        param_dtype: That parameters are stored in; updates are rounded to it
-            stochastically.
+        param_dtype: That parameters are stored in; in bfloat16 the optimizer's state
+            has a byte more of each.
     """
 
     seq_len: Count | None = None

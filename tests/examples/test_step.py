@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
-from came_optax import came, steady_came
+from came_optax import came, came_muon, steady_came
 from models import gpt2
 from task import Mean, Task, UserError, with_param_dtype
 from tasks.gpt2 import next_token_loss
@@ -44,10 +44,12 @@ def implicit_promotion():
         yield
 
 
-def train(tx: optax.GradientTransformation, steps: int, accumulate: int = 1):
+def train(
+    tx: optax.GradientTransformation, steps: int, accumulate: int = 1, task: Task = TASK
+):
     mesh = sharding.make_mesh()
-    state = step.make_init(TASK, tx, mesh)(0)
-    train_step = step.make_train_step(TASK, tx, accumulate, 0, mesh)
+    state = step.make_init(task, tx, mesh)(0)
+    train_step = step.make_train_step(task, tx, accumulate, 0, mesh)
     losses = []
     for _ in range(steps):
         state, metrics = train_step(state, sharding.put_batch(BATCH, mesh))
@@ -56,11 +58,22 @@ def train(tx: optax.GradientTransformation, steps: int, accumulate: int = 1):
     return state, losses
 
 
-@pytest.mark.parametrize("optimizer", ["came", "adamw", "adafactor"])
-def test_loss_falls(optimizer: str):
+@pytest.mark.parametrize(
+    ("optimizer", "dtype"),
+    [
+        ("came", "float32"),
+        ("came-muon", "bfloat16"),
+        ("adamw", "float32"),
+        ("adafactor", "float32"),
+    ],
+)
+def test_loss_falls(optimizer: str, dtype: str):
     options = OptimizerOptions(optimizer=optimizer, learning_rate=2e-3, warmup=0)
-    tx = make_optimizer(options, make_schedule(options, 10))
-    state, losses = train(tx, 5)
+    tx = make_optimizer(options, make_schedule(options, 10), dtype)
+    state, losses = train(tx, 5, task=with_param_dtype(TASK, dtype))
+    assert (optax.tree.get(state.opt_state, "remainder") is None) == (
+        dtype == "float32"
+    )
     assert losses[0] == pytest.approx(np.log(13), rel=0.02)
     assert losses[-1] < losses[0] - 0.01
     assert state.step == 5
@@ -155,9 +168,10 @@ def test_batches_must_split_evenly():
                 1e-2, b2=0.5, bias_correction=False, update_clipping_threshold=None
             ),
         ),
+        ({"optimizer": "came-muon", "b1": 0.9}, came_muon(1e-2, b1=0.9)),
         ({"optimizer": "nadamw"}, optax.nadamw(1e-2, b2=0.95, weight_decay=0)),
     ],
-    ids=["came", "published-came", "overridden", "nadamw"],
+    ids=["came", "published-came", "overridden", "came-muon", "nadamw"],
 )
 def test_update_rules_have_their_own_defaults(
     options: dict[str, object], expected: optax.GradientTransformation
