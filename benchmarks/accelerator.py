@@ -18,6 +18,7 @@ The exit code is 1 if a value is wrong or something failed.
 """
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -26,7 +27,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -43,7 +43,7 @@ from came_optax import Stacked
 
 COMPARED: dict[str, Make] = {
     name: OPTIMIZERS[name] for name in (*OURS, "AdamW", "Adafactor, momentum")
-} | {"Muon": partial(optax.contrib.muon, 1e-3, weight_decay=0.1)}
+} | {"Muon": functools.partial(optax.contrib.muon, 1e-3, weight_decay=0.1)}
 IN_A_STEP = ("steady_came, float32", "steady_came, int8", BASELINE)
 ROUNDS, AT_ONCE = 20, 5  # Rounds whose median counts, of so many updates or steps.
 STEPS = 10  # Whose values are compared.
@@ -231,9 +231,14 @@ def differences(found: Any, expected: Any) -> tuple[float, float]:
     return largest, different / max(count, 1)
 
 
+@functools.cache
+def random_gpt2(size: str) -> Any:
+    return random_like(gpt2_shapes(size))
+
+
 def measure_update(found: Measurements, name: str, size: str) -> None:
     """Adds the time of an update of a GPT-2, what it moves and what it takes."""
-    update = Update(COMPARED[name](), random_like(gpt2_shapes(size)))
+    update = Update(COMPARED[name](), random_gpt2(size))
     seconds = seconds_of(update.start)
     state = sum(x.nbytes for x in jax.tree.leaves(update.state))
     row = {
@@ -307,7 +312,7 @@ def main() -> None:
         *(("values", measure_values, name) for name in OURS),
         *(("update", measure_update, name) for name in COMPARED),
         *(
-            ("step", partial(measure_step, batch_size=args.batch_size), name)
+            ("step", functools.partial(measure_step, batch_size=args.batch_size), name)
             for name in IN_A_STEP
         ),
     ]
