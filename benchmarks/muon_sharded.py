@@ -25,11 +25,10 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from measuring import output
+from measuring.examples import collectives, topologies
+from measuring.examples import hlo as hlo_text
 
 from came_optax import orthogonalize
-from compiling import hlo as hlo_text
-from compiling import topologies
-from compiling.collectives import collectives
 
 CHIPS = {"v5e": "v5e:4x4", "h100": "h100:8"}
 MESHES = {

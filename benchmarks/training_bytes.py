@@ -12,11 +12,10 @@ from typing import Any
 import flashoptim_jax
 import jax
 import optax
-from measuring import ROOT
+from measuring import ROOT, output
 from measuring.zoo import gpt2_shapes
 
 from came_optax import steady_came, with_master_weights
-from table import format_table
 
 COLUMNS = ("weight", "remainder", "momentum", "statistics", "gradient")
 ADAMW, INT8 = optax.adamw(1e-3), steady_came(1e-3, mu_dtype="int8")
@@ -50,15 +49,18 @@ def count(tx: Any, params: Any) -> dict[str, float]:
 
 
 def main() -> None:
-    rows = [["bytes a parameter", *COLUMNS, "all but gradients", "all"]]
+    rows = []
     xl = gpt2_shapes("xl")
     for name, (tx, dtype) in ROWS.items():
         bytes_ = count(tx, jax.tree.map(lambda p, d=dtype: p.update(dtype=d), xl))
-        *_, gradient = bytes_.values()
-        sums = sum(bytes_.values()) - gradient, sum(bytes_.values())
-        rows.append([name, *(f"{x:.2f}" for x in (*bytes_.values(), *sums))])
-    table = format_table(rows, "<" + ">" * (len(rows[0]) - 1), markdown=True)
-    (ROOT / "docs/results/memory/training.md").write_text(table + "\n", "utf-8")
+        everything = sum(bytes_.values())
+        bytes_["all but gradients"] = everything - bytes_["gradient"]
+        bytes_["all"] = everything
+        cells = {kind: f"{number:.2f}" for kind, number in bytes_.items()}
+        rows.append({"bytes a parameter": name} | cells)
+    table = output.table(rows)
+    path = ROOT / "docs" / "results" / "memory" / "training.md"
+    path.write_text(table + "\n", encoding="utf-8")
     print(table)
 
 

@@ -11,7 +11,8 @@ from measuring import ROOT
 sys.path.append(str(ROOT / "examples"))
 
 from compile_for import make_task
-from compiling import ahead_of_time, topologies
+from compiling import ahead_of_time, hlo, topologies
+from compiling.collectives import collectives
 from compiling.topologies import GIB, Target
 from compiling.traffic import traffic
 from data.pipeline import blank
@@ -33,9 +34,11 @@ __all__ = [
     "ahead_of_time",
     "bert",
     "blank",
+    "collectives",
     "devices",
     "format_table",
     "gpt2",
+    "hlo",
     "make_gather",
     "make_gpt2_task",
     "make_init",
