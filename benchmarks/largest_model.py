@@ -57,7 +57,7 @@ class Layers(nnx.Module):
 
 def config_of(layers: int) -> gpt2.GPT2Config:
     """Returns a GPT-2 about as deep for its width as GPT-2 XL: 32 wide a layer."""
-    heads = layers // 2
+    heads = max(layers // 2, 1)
     return gpt2.GPT2Config(
         n_layer=layers, n_head=heads, n_embd=64 * heads, dtype=jnp.bfloat16
     )

@@ -42,10 +42,9 @@ def test_all_is_measured_and_written(found):
 
 
 def test_a_schedule_that_is_wrong_is_seen(found, monkeypatch):
-    def confide(u, m, s, *rest):
-        delta, m, s, token = schedules.PLAIN.confide(u, m, s, *rest)
-        s = s._replace(row=1.001 * s.row) if hasattr(s, "row") else s
-        return delta, m, s, token
+    def confide(u, mu, s, *rest):
+        delta, mu, s = schedules.PLAIN.confide(u, mu, s, *rest)
+        return delta, mu, s and s._replace(row=1.001 * s.row)
 
     wrong = schedules.PLAIN._replace(confide=confide)
     monkeypatch.setitem(schedules.BY_PLATFORM, "cpu", wrong)
