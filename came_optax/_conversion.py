@@ -43,6 +43,8 @@ def convert_state(
       most 1, as CAME averages gradients over their root mean square; the second moment
       is means of :math:`\nu`; the instability is 1: no confidence yet. CAME's own count
       is 10⁷, as averages that did not start at zero must not be corrected.
+    - ``optax.contrib.muon`` to :func:`came_muon`: hidden matrices' momentum, over a
+      root mean square that each of them has as a whole; the rest as from Adam.
     - CAME to Adam: :math:`\nu` is the outer product of rows and columns, and
       :math:`\mu` is :math:`m \sqrt{\nu}`. Adam's own count is 10⁷.
 
@@ -188,7 +190,7 @@ def _convert(
     for part, sources in zip(new_parts, sources_of, strict=True):
         if not sources:
             continue
-        if part.kind in KINDS:
+        if part.kind in KINDS and KINDS[part.kind].write:
             made = dict(convert(part, sources, by_path))
         else:
             made = dict(carry(part, sources, by_path, given_in_old))

@@ -129,6 +129,19 @@ def _write_adam(moments: Moments, to: Target) -> Leaf:
     }
 
 
+def _read_muon(p: jax.Array, leaf: Leaf, kept: Leaf) -> Moments:
+    """CAME's momentum of Muon's: over a root mean square that all of a matrix share.
+
+    Muon knows none. That of gradients is as if they were noise, of which an average
+    with β = 0.95 has a 39th of the mean square; the statistics soon have their own.
+    """
+    del kept
+    m = leaf["mu"].astype(wide_dtype(p.dtype))
+    square = jnp.mean(jnp.abs(m) ** 2, axis=(-2, -1)[-m.ndim :], keepdims=True)
+    v = 39 * jnp.broadcast_to(square, m.shape)
+    return Moments(m * jnp.where(v > 0, jax.lax.rsqrt(jnp.where(v > 0, v, 1)), 0), v)
+
+
 def _read_ema(p: jax.Array, leaf: Leaf, kept: Leaf) -> Moments:
     return read(p, {"mu": leaf["ema"]}, {"mu": kept["ema"]})
 
@@ -145,18 +158,20 @@ class Kind(NamedTuple):
       algorithm: states of one algorithm go on counting in each other. In another, the
         averages are taken for what they are, without a start at zero to correct.
       read: returns the moments that a leaf, which has these axes of its parameter, has.
-      write: returns the leaf that has these moments.
+      write: returns the leaf that has these moments; None if no state but one of the
+        kind becomes one of it.
     """
 
     family: str
     algorithm: str
     read: Callable[[jax.Array, Leaf, Leaf], Moments] = read
-    write: Callable[[Moments, Target], Leaf] = write
+    write: Callable[[Moments, Target], Leaf] | None = write
 
 
 KINDS: dict[type, Kind] = {
     ScaleByCameState: Kind("adaptive momentum", "CAME"),
     optax.ScaleByAdamState: Kind("adaptive momentum", "Adam", _read_adam, _write_adam),
+    optax.contrib.MuonState: Kind("adaptive momentum", "Muon", _read_muon, None),
     ScaleByFactoredMomentState: Kind("factored moment", "CAME"),
     ScaleByConfidenceState: Kind("confidence", "CAME"),
     QuantizedEmaState: Kind("average", "average"),
@@ -177,6 +192,7 @@ def convert(
       params: the parameters by their paths.
     """
     kind = KINDS[part.kind]
+    assert kind.write is not None
     olds = [x for x in dict.fromkeys(sources.values())]
     alike = [x for x in olds if KINDS[x.kind].algorithm == kind.algorithm]
     count = alike[0].node.count if alike else jnp.array(_LONG_AGO, jnp.int32)
