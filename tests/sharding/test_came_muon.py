@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from came_optax import (
@@ -266,3 +266,25 @@ def test_nnx_optimizer():
 
     losses = [float(train_step(model, optimizer)) for _ in range(30)]
     assert losses[-1] < 0.5 < 2 < losses[0]
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("sizes", [{"fsdp": 16}, {"fsdp": 4, "tensor": 4}], ids=str)
+def test_tpu_exchanges_matrices_and_shares_the_work(v5e_devices, sizes):
+    devices = np.array(v5e_devices).reshape(tuple(sizes.values()))
+    mesh = Mesh(devices, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    sharding = NamedSharding(mesh, P(*sizes))
+    shapes = [(256, 256)] * 4 + [(256, 1024)] * 3
+    updates = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=sharding) for s in shapes]
+    updates, tx = updates * 8, orthogonalize(params_sharding=sharding)
+    compiled = (
+        jax.jit(lambda x: tx.update(x, optax.EmptyState())[0], out_shardings=sharding)
+        .lower(updates)
+        .compile()
+    )
+    found = collectives(compiled.as_text())
+    assert {c.kind for c in found} == {"all-to-all"}
+    assert len(found) <= 4 * len(sizes)  # Each of two stacks, into and out of it.
+    sides = [sorted(x.shape) for x in updates]
+    useful = sum(5 * (4 * m * m * n + 2 * m**3) for m, n in sides)
+    assert 16 * compiled.cost_analysis()["flops"] < 1.25 * useful
