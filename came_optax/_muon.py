@@ -128,8 +128,8 @@ def came_muon(
       ``"rest"``; its updates have the parameters' dtype.
 
     Raises:
-      ValueError: an argument or a leaf's axes are out of range, or ``hidden`` names no
-        leaf, or one that is no matrix.
+      ValueError: an argument or a leaf's axes are out of range, ``hidden`` names one
+        that is no matrix, or no leaf is a hidden matrix.
       TypeError: integer leaves, or a state that another transformation made.
 
     Example:
@@ -206,10 +206,10 @@ def _scaled(learning_rate: Any, scale: Any) -> Any:
 def _hidden(params: Any, hidden: Any, factoring: FactoringRule) -> Any:
     """Returns a tree of bools that says which leaves are hidden matrices."""
     if hidden is None:
-        return jax.tree.map_with_path(
+        mask = jax.tree.map_with_path(
             lambda path, p: _is_hidden_by_name(path, p.shape, factoring), params
         )
-    if isinstance(hidden, str):
+    elif isinstance(hidden, str):
         mask = jax.tree.map_with_path(
             lambda path, _: bool(re.search(hidden, path_name(path))), params
         )

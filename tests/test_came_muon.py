@@ -191,6 +191,7 @@ def test_hidden_leaves_can_be_named(hidden):
     [
         ("mlp", r"hidden='mlp' names none of the leaves \['blocks/ln_1/scale', "),
         (False, "hidden=False names none of the leaves"),
+        (lambda params: jax.tree.map(lambda _: False, params), "names none"),
         ("blocks", r"hidden='blocks' names leaf 'blocks/ln_1/scale' of shape \(64,\)"),
         ({"wte": True, "other": False}, "hidden does not fit the parameters"),
     ],
@@ -213,6 +214,11 @@ def test_a_choice_that_cannot_be_meant_is_refused(hidden, message):
 def test_arguments_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
         came_muon(1e-2, **options)
+
+
+def test_a_model_without_hidden_matrices_is_refused():
+    with pytest.raises(ValueError, match=r"hidden=None names none .* \['wte'\]"):
+        came_muon(1e-2).init({"wte": jnp.ones((4, 4))})
 
 
 def test_no_parameters_are_no_error():
