@@ -277,6 +277,16 @@ def test_hidden_matrices_are_orthogonalised_and_the_rest_is_steady_came(mu_dtype
         chex.assert_trees_all_close(updates, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_a_rate_that_is_a_number_is_scaled_for_the_rest_alone():
+    params = normal({"wte": (8, 4), "up": (8, 4)})
+    (whole,), (half,) = (
+        steps(came_muon(1e-2, rest_learning_rate_scale=scale), params, 1)
+        for scale in (1.0, 0.5)
+    )
+    chex.assert_trees_all_close(half["wte"], 0.5 * whole["wte"], rtol=1e-6)
+    chex.assert_trees_all_equal(half["up"], whole["up"])
+
+
 def test_a_stack_is_updated_as_its_layers():
     shapes = {"query/kernel": (64, 4, 16), "up/kernel": (64, 96), "norm/scale": (64,)}
     stacked = normal({f"layers/{k}": (3, *shape) for k, shape in shapes.items()})
