@@ -166,7 +166,7 @@ def _hold(folder: pathlib.Path, run: Run, ready: Any) -> None:
 def test_a_claim_ends_with_its_process(tmp_path: pathlib.Path) -> None:
     context = multiprocessing.get_context("fork")
     run, ready = Run("tune", "a", {}, 0), context.Event()
-    process = context.Process(target=_hold, args=(tmp_path, run, ready))
+    process = context.Process(target=_hold, args=(tmp_path, run, ready), daemon=True)
     process.start()
     assert ready.wait(30)
     with log.claim(tmp_path, run) as state:
