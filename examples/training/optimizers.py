@@ -25,6 +25,10 @@ CAME: dict[str, Callable[..., Any]] = {
     "published-came": came_optax.came,
     "came-muon": came_optax.came_muon,
 }
+OF_CAME = (
+    *("b1", "b2", "b3", "eps2", "nesterov", "bias_correction"),
+    *("update_clipping_threshold", "mu_dtype", "factoring"),
+)
 # Peak learning rates where none is given; 3e-3 for the others.
 LEARNING_RATES = {"published-came": 1e-3, "came-muon": 1e-2, "lion": 1e-3}
 
@@ -91,10 +95,54 @@ def make_optimizer(
     Raises:
         UserError: The update rule takes no such option.
     """
-    try:
-        update_rule = _update_rule(options, schedule)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"--optimizer {options.optimizer}: {error}") from error
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    betas: dict[str, Any] = {
+        name: given[name] for name in ("b1", "b2") if name in given
+    }
+    decay = options.weight_decay
+    update_rule: Any
+    match options.optimizer:
+        case "came" | "published-came" | "came-muon" as name:
+            own = {name: given[name] for name in OF_CAME if name in given}
+            if own.get("update_clipping_threshold") == 0:
+                own["update_clipping_threshold"] = None
+            own |= {"weight_decay": decay, "weight_decay_mask": decay_mask}
+            try:
+                update_rule = CAME[name](schedule, **own)
+            except (TypeError, ValueError) as error:
+                raise UserError(f"--optimizer {name}: {error}") from error
+        case "adamw" | "nadamw" as name:
+            betas.setdefault("b2", 0.95)
+            adamw = getattr(optax, name)
+            update_rule = adamw(schedule, **betas, weight_decay=decay, mask=decay_mask)
+        case "lion":
+            update_rule = optax.lion(
+                schedule, **betas, weight_decay=decay, mask=decay_mask
+            )
+        case "adafactor":
+            # optax.adafactor without its scaling by the parameters, as the CAME paper
+            # has it. Written out because its weight decay is not scaled by the learning
+            # rate, and ours has to be the same for all; and it would leave matrices
+            # below 128 unfactored.
+            b1 = betas.get("b1", 0.9)
+            update_rule = optax.chain(
+                optax.scale_by_factored_rms(min_dim_size_to_factor=2),
+                optax.clip_by_block_rms(1.0),
+                optax.ema(b1, debias=False) if b1 else optax.identity(),
+                optax.add_decayed_weights(decay, decay_mask),
+                optax.scale_by_learning_rate(schedule),
+            )
+        case "muon":
+            # Kernels alone are orthogonalised, to updates with the RMS that AdamW's
+            # have, so that one learning rate fits both; the others get AdamW.
+            update_rule = optax.contrib.muon(
+                schedule,
+                beta=betas.get("b1", 0.95),
+                adam_b2=0.95,
+                weight_decay=decay,
+                muon_weight_dimension_numbers=_muon_dimensions,
+                consistent_rms=0.2,
+            )
     tx = optax.chain(optax.clip_by_global_norm(options.clip_norm), update_rule)
     return tx if param_dtype == "float32" else came_optax.with_master_weights(tx)
 
@@ -106,61 +154,8 @@ def decay_mask(params: Any) -> Any:
     )
 
 
-def _update_rule(options: OptimizerOptions, schedule: optax.Schedule) -> Any:
-    decay = options.weight_decay
-    match options.optimizer:
-        case "came" | "published-came" | "came-muon" as name:
-            clip = options.update_clipping_threshold
-            given = _given(
-                options,
-                *("b1", "b2", "b3", "eps2", "nesterov", "bias_correction"),
-                *("mu_dtype", "factoring"),
-            )
-            if clip is not None:
-                given["update_clipping_threshold"] = clip or None
-            return CAME[name](
-                schedule, **given, weight_decay=decay, weight_decay_mask=decay_mask
-            )
-        case "adamw" | "nadamw" as name:
-            betas = {"b2": 0.95} | _given(options, "b1", "b2")
-            adamw = getattr(optax, name)
-            return adamw(schedule, **betas, weight_decay=decay, mask=decay_mask)
-        case "lion":
-            betas = _given(options, "b1", "b2")
-            return optax.lion(schedule, **betas, weight_decay=decay, mask=decay_mask)
-        case "adafactor":
-            # optax.adafactor without its scaling by the parameters, as the CAME paper
-            # has it. Written out because its weight decay is not scaled by the learning
-            # rate, and ours has to be the same for all; and it would leave matrices
-            # below 128 unfactored.
-            b1 = 0.9 if options.b1 is None else options.b1
-            return optax.chain(
-                optax.scale_by_factored_rms(min_dim_size_to_factor=2),
-                optax.clip_by_block_rms(1.0),
-                optax.ema(b1, debias=False) if b1 else optax.identity(),
-                optax.add_decayed_weights(decay, decay_mask),
-                optax.scale_by_learning_rate(schedule),
-            )
-        case "muon":
-            # Kernels alone are orthogonalised, to updates with the RMS that AdamW's
-            # have, so that one learning rate fits both; the others get AdamW.
-            return optax.contrib.muon(
-                schedule,
-                beta=0.95 if options.b1 is None else options.b1,
-                adam_b2=0.95,
-                weight_decay=decay,
-                muon_weight_dimension_numbers=_muon_dimensions,
-                consistent_rms=0.2,
-            )
-
-
 def _muon_dimensions(params: Any) -> Any:
     return jax.tree.map(
         lambda decays: optax.contrib.MuonDimensionNumbers() if decays else None,
         decay_mask(params),
     )
-
-
-def _given(options: OptimizerOptions, *names: str) -> dict[str, Any]:
-    values = {name: getattr(options, name) for name in names}
-    return {name: value for name, value in values.items() if value is not None}
