@@ -76,12 +76,13 @@ def claim(name: str, options: RunOptions) -> Iterator[Path]:
         def open_folder() -> str:
             folder = Path(options.output or ROOT)
             try:
+                new = options.output is None or not folder.exists()
                 if options.output is None:
                     folder = _make_next(name)
-                if not any(folder.glob("*")):
-                    stack.callback(_remove_empty, folder)
                 folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(filelock.FileLock(folder / LOCK, timeout=0))
+                if new:
+                    stack.callback(_remove_empty, folder)
             except filelock.Timeout:
                 raise UserError(
                     f"{folder}: another run is writing there; choose another --output"

@@ -4,12 +4,16 @@ import contextlib
 import dataclasses
 import json
 import os
+import socket
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import matplotlib
-from tensorboardX import SummaryWriter
+from tensorboardX import RecordWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -31,27 +35,39 @@ class MetricsWriter:
         temporary.write_text(kept, encoding="utf-8")
         os.replace(temporary, path)
         self._file = path.open("a", encoding="utf-8")
+        # Not a SummaryWriter: on a full disk its thread dies with a traceback, and what
+        # hands events to it waits for ever.
+        folder = run / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
+        self._events = RecordWriter(str(folder / name))
+        self._add_event(file_version="brain.Event:2")
         # TensorBoard hides what an interrupted run wrote past it.
-        self._events = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+        self._add_event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, **metrics: float) -> None:
         """Writes the metrics of a step."""
         try:
             self._file.write(json.dumps({"step": step} | metrics) + "\n")
             self._file.flush()
+            for name, value in metrics.items():
+                self._add_event(step=step, summary=scalar(name, value))
+            self._events.flush()
         except OSError as error:
             error.filename = error.filename or self._file.name
             raise
-        for name, value in metrics.items():
-            self._events.add_scalar(name, value, step)
+
+    def _add_event(self, **fields: Any) -> None:
+        event = Event(wall_time=time.time(), **fields)
+        self._events.write(event.SerializeToString())
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with contextlib.suppress(OSError):  # A full disk was told when writing.
-            self._file.close()
-        self._events.close()
+        for file in self._file, self._events:
+            with contextlib.suppress(OSError):  # A full disk was told when writing.
+                file.close()
 
 
 def read(run: Path) -> list[dict[str, Any]]:

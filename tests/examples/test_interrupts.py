@@ -76,15 +76,19 @@ def test_ctrl_c_saves_and_says_how_to_go_on_and_a_full_disk_keeps_that(start):
     assert f"in {step + 2} steps" in output
 
 
-def test_metrics_on_a_full_disk_name_the_file(tmp_path: Path):
+def test_metrics_on_a_full_disk_name_the_file(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with metrics.MetricsWriter(tmp_path, 0) as writer:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, before[1]))
-        try:
-            with pytest.raises(OSError, match=r"too large: .*metrics\.jsonl'$"):
-                writer.write(1, **{f"loss_{k}": 1.5 for k in range(100)})
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"too large: .*metrics\.jsonl'$"):
+            with metrics.MetricsWriter(tmp_path, 0) as writer:
+                for step in range(1_000):
+                    writer.write(step, loss=1.5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert capfd.readouterr().err == ""
 
 
 def test_tensorboard_hides_what_is_written_again(tmp_path: Path):
@@ -96,7 +100,8 @@ def test_tensorboard_hides_what_is_written_again(tmp_path: Path):
         size = int.from_bytes(content[:8], "little")
         events.append(Event.FromString(content[12 : 12 + size]))
         content = content[12 + size + 4 :]
-    *_, start, loss = events
+    version, start, loss = events
+    assert version.file_version == "brain.Event:2"
     assert (start.step, start.session_log.status) == (5, SessionLog.START)
     (value,) = loss.summary.value
     assert (loss.step, value.tag, value.simple_value) == (5, "loss", 1.5)
