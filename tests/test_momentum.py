@@ -177,7 +177,7 @@ def test_the_slowest_rate_at_which_bfloat16_forgets(b1: float, forgets: bool) ->
 
 
 @quantized
-@pytest.mark.parametrize("size", [2.0**-110, 2.0**-60, 2.0**60, 2.0**126])
+@pytest.mark.parametrize("size", [2.0**-100, 2.0**-60, 2.0**60, 2.0**126])
 def test_tiny_and_huge_values(size: float, mu_dtype: str) -> None:
     m = normal((64, 64))
     m = m / jnp.abs(m).max()
@@ -254,14 +254,22 @@ def test_bytes(mu_dtype: str, dtype: Any, shape: Any, bytes_each: float) -> None
 
 @pytest.mark.slow(but=48)
 @pytest.mark.parametrize("mu_dtype", [None, "bfloat16", "int8", "int4"])
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize(
+    "rule",
+    [LastTwoAxes(4), BalancedSplit(4), LargestTwoAxes(8), Stacked(LastTwoAxes(4))],
+    ids=lambda rule: type(rule).__name__,
+)
 @pytest.mark.parametrize(
     "shape",
     [*SHAPES, *THIN, (64, 32, 1, 1), (512, 2), (2, 768), (4096, 1), (8, 4), (1, 1)],
     ids=str,
 )
 def test_no_state_is_larger_than_adams(shape: Any, rule: Any, mu_dtype: Any) -> None:
-    """But for what stands for arrays that the leaf lacks, of 4 bytes each."""
+    """But for what stands for arrays that the leaf lacks, of 4 bytes each.
+
+    Two statistics of rows and two of columns are no more than one of the whole where
+    there are four of each.
+    """
     p = jax.ShapeDtypeStruct(shape, jnp.float32)
 
     def size(mu_dtype: Any) -> int:

@@ -4,7 +4,6 @@ XLA:CPU stores what two passes over memory share. Here each pass computes it aga
 the gradient and the momentum, which are in memory anyway.
 """
 
-import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -34,14 +33,14 @@ def normalize(
     """See :class:`Schedule`."""
     if not isinstance(v, Factored):
         return plain.normalize(g, v, h, axes, t)
-    whiten = functools.partial(algorithm.whiten, axes=axes, t=t)
     v = algorithm.average(v, mean_square(anew(lambda g: g, g), h.eps1, axes), h.b2)
-    u = anew(whiten, g, v, h)
-    if h.clip is None:
-        return u, v
-    # A product, as it takes less time than a quotient.
-    factor = 1 / algorithm.excess(u(), h.clip, axes)
-    return anew(lambda g, v, h, factor: whiten(g, v, h) * factor, g, v, h, factor), v
+    of_row, of_col = algorithm.inverse_roots(v, axes)
+    if t is not None:
+        of_row = of_row * jnp.sqrt(algorithm.seen(h.b2, t))
+    if h.clip is not None:
+        u = anew(product, g, of_row, of_col)()
+        of_row = of_row / algorithm.excess(u, h.clip, axes)
+    return anew(product, g, of_row, of_col), v
 
 
 def confide(
@@ -82,9 +81,15 @@ def confide(
 
 def mean_square(x: Lazy, eps: Array, axes: FactoredAxes) -> Factored:
     """Returns the means of |x|² + ε over columns and over rows, by a pass each."""
-    by_row, by_col = (algorithm.mean_square(x(), eps, axes) for _ in range(2))
-    assert isinstance(by_row, Factored) and isinstance(by_col, Factored)
-    return Factored(by_row.row, by_col.col)
+    return Factored(
+        algorithm.mean_square_over(axes.col, x(), eps),
+        algorithm.mean_square_over(axes.row, x(), eps),
+    )
+
+
+def product(g: Array, of_row: Array, of_col: Array) -> Array:
+    """Returns the gradient divided by the root of its second moment."""
+    return g * of_row * of_col
 
 
 def anew(function: Callable[..., T], *inputs: Any) -> Callable[[], T]:
@@ -104,7 +109,7 @@ def anew(function: Callable[..., T], *inputs: Any) -> Callable[[], T]:
 
 def when_known(x: Array, s: Factored) -> Array:
     """Returns x, not before s is known: which is never negative, but XLA can't know."""
-    never = jnp.any(s.row < 0) | jnp.any(s.col < 0)
+    never = jnp.mean(s.row) + jnp.mean(s.col) < 0
     return jnp.where(never, jnp.nan, x)
 
 
