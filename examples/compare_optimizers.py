@@ -24,7 +24,6 @@ os.environ.setdefault(
 import jax
 
 from comparing import log, protocol, report, tasks
-from comparing.files import write_atomically
 from comparing.training import Series
 from running import command_line
 
@@ -123,7 +122,7 @@ class Worker:
                 every[name] = self.series(task, run).timer(run.settings)
             rounds = [{name: step() for name, step in every.items()} for _ in range(12)]
             costs[task] = {name: min(r[name] for r in rounds[2:]) for name in every}
-            write_atomically(self.folder / "costs.json", json.dumps(costs) + "\n")
+            (self.folder / "costs.json").write_text(json.dumps(costs) + "\n")
 
     def series(self, task: str, run: protocol.Run) -> Series:
         """Returns what is compiled once for an optimizer on a task."""

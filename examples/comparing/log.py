@@ -50,6 +50,17 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a path to write to; what was written takes the place of `path`."""
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def claim(folder: Path, run: Run) -> Iterator[Path | None]:
     """Yields where the run may save its state, None if another process has it."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -57,16 +57,8 @@ def flash_adamw(schedule: Schedule, *, b1: Any, b2: Any, weight_decay: Any) -> T
     )
 
 
-def steady_came(
-    schedule: Schedule, *, mu_dtype: str = "float32", **settings: Any
-) -> Tx:
-    return came_optax.steady_came(
-        schedule,
-        **settings,
-        weight_decay_mask=decay_mask,
-        mu_dtype=mu_dtype,
-        update_clipping_threshold=None,
-    )
+def steady_came(schedule: Schedule, **settings: Any) -> Tx:
+    return came_optax.steady_came(schedule, **settings, weight_decay_mask=decay_mask)
 
 
 def came(schedule: Schedule, **settings: Any) -> Tx:
@@ -193,9 +185,8 @@ def scale_by_neurons(b2: Any) -> Tx:
         state = jax.tree.map(
             lambda v, u: b2 * v + (1 - b2) * jnp.mean(jnp.square(u), 0), state, updates
         )
-        return jax.tree.map(lambda u, v: u / (v[None] ** 0.5 + 1e-8), updates, state), (
-            state
-        )
+        divided = jax.tree.map(lambda u, v: u / (v[None] ** 0.5 + 1e-8), updates, state)
+        return divided, state
 
     return optax.GradientTransformation(init, update)
 
@@ -213,12 +204,7 @@ def _times(factor: Any, schedule: Schedule) -> Schedule:
     return lambda count: factor * schedule(count)
 
 
-def _hidden_and_rest(
-    update: optax.GradientTransformation,
-    rest: optax.GradientTransformation,
-    schedule: Schedule,
-    weight_decay: Any,
-) -> Tx:
+def _hidden_and_rest(update: Tx, rest: Tx, schedule: Schedule, weight_decay: Any) -> Tx:
     matrices = optax.chain(
         update,
         optax.add_decayed_weights(weight_decay),

@@ -14,7 +14,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from comparing import log
-from comparing.files import write_atomically
 from comparing.protocol import Part, Protocol, mean_and_error
 from table import format_table
 
@@ -101,16 +100,15 @@ class DataLaw:
     def __init__(self, tokens: Sequence[float], means: Any, errors: Any):
         self.tokens = np.asarray(tokens, float)
         noise = np.random.default_rng(0).normal(size=(REDRAWN, len(tokens)))
-        drawn = means + np.nan_to_num(errors) * noise
-        self.fits = [self._fit(values) for values in [means, *drawn]]
-
-    def _fit(self, values: np.ndarray) -> tuple[float, ...]:
-        fits = []
+        values = np.vstack([means, means + np.nan_to_num(errors) * noise])
+        best = np.full((len(values), 4), math.inf)
         for alpha in np.geomspace(0.05, 2, 150):
             terms = (self.tokens / self.tokens[0])[:, None] ** [[0, -alpha]]
-            (e, a), *_ = np.linalg.lstsq(terms, values, rcond=None)
-            fits.append((np.sum((terms @ [e, a] - values) ** 2), e, a, alpha))
-        return min(fits)[1:]
+            (e, a), *_ = np.linalg.lstsq(terms, values.T)
+            left = np.sum((terms @ [e, a] - values.T) ** 2, 0)
+            fits = np.stack([left, e, a, np.full_like(e, alpha)], 1)
+            best = np.where(left[:, None] < best[:, :1], fits, best)
+        self.fits = best[:, 1:]  # E, A and α; of the means, then of those redrawn.
 
     def tokens_for(self, mean: float, error: float) -> tuple[float, float]:
         """Returns how many tokens a loss takes, and the error of that."""
@@ -223,7 +221,7 @@ def write(study: Protocol, folder: Path) -> str:
     if missing := results.missing():
         sections.append("## What is missing\n\n" + "\n".join(missing))
     page = "\n\n".join(["# Results", *sections]) + "\n"
-    write_atomically(folder / "results.md", page)
+    (folder / "results.md").write_text(page, encoding="utf-8")
     if results.compared_on():
         draw(folder / "results.svg", results)
     return page

@@ -12,7 +12,7 @@ from typing import Any, get_args
 import numpy as np
 from tokenizers import Tokenizer
 
-from comparing.files import replacing
+from comparing.log import replacing
 from data import corpus, masking, span_corruption, tokenization
 from data.pipeline import Windows
 from models import bert, gpt2, t5

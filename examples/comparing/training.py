@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from comparing.files import replacing
+from comparing.log import replacing
 from comparing.protocol import Settings, make_schedule
 from comparing.tasks import Splits
 from data import pipeline

@@ -21,6 +21,7 @@ from comparing.tasks import Splits
 from data.pipeline import Windows
 from models import gpt2
 from task import Task, UserError
+from tasks.gpt2 import next_token_loss
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = ROOT / "docs/results/study/protocol.md"
@@ -186,7 +187,7 @@ def splits() -> Splits:
     task = Task(
         name="gpt2-mock",
         make_model=lambda rngs: gpt2.GPT2(config, rngs=rngs),
-        loss_fn=gpt2.next_token_loss,
+        loss_fn=next_token_loss,
         train=Windows(tokens[:1600], 8),
         validation=Windows(tokens[1600:1800], 8),
         tokens_per_record=8,
@@ -381,8 +382,8 @@ def test_report_says_what_is_there_and_what_is_missing(tmp_path: pathlib.Path) -
     assert best[1:5] == ["muon", "1.8120", "3", "-0.3213 ± 0.0009 better"]
     assert best[-2] == "12.3"
     assert [adamw[1], adamw[4], lion[4]] == ["adamw", "", "+0.0100 ± 0.0265"]
-    (trend,) = [row for row in rows if row[1:2] == ["muon"] and len(row) == 6]
-    assert trend[4].startswith("+0.2000 ± 0.000")
+    (trend,) = [row for row in rows if row[1:2] == ["muon"] and len(row) == 7]
+    assert trend[5] == "+0.2000 ± 0.0012"
     assert "- tune: 1 of 24 runs are done" in page and "gpt2-middle: " not in page
     assert (tmp_path / "results.svg").stat().st_size > 10_000
 
