@@ -186,8 +186,7 @@ class Checkpoints:
         """
         self._check(ABOUT)
         path = self._folder / str(steps(self._run)[-1]) / ABOUT
-        about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return about
+        return json.loads(path.read_text(encoding="utf-8"))
 
     def restore(self, state: TrainState) -> TrainState:
         """Returns the newest state.
@@ -216,10 +215,7 @@ class Checkpoints:
             items = ocp.args.Composite(state=ocp.args.StandardRestore(leaves))
             restored = manager.restore(step, args=items)["state"]
         in_order = [restored[name] for name in leaves]
-        restored_state: TrainState = jax.tree.unflatten(
-            jax.tree.structure(state), in_order
-        )
-        return restored_state
+        return jax.tree.unflatten(jax.tree.structure(state), in_order)
 
     def _manager(self) -> ocp.CheckpointManager:
         # Not in the background: the next step donates the arrays.

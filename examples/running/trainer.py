@@ -108,9 +108,8 @@ class Trainer:
             task, self.tx, training.accumulate, training.seed, self.mesh
         )
         self._evaluate = make_evaluate(task, self.mesh)
-        self.batches = pipeline.train_batches(
-            task, training.batch_size, training.seed, self.data_part
-        )
+        size, seed = training.batch_size, training.seed
+        self.batches = pipeline.train_batches(task, size, seed, self.data_part)
         self.about: dict[str, Any] = {
             "options": as_config({**task.options, **vars(optimizer), **vars(training)}),
             "data": pipeline.fingerprint(task),
@@ -121,9 +120,8 @@ class Trainer:
         else:
             init = make_init(task, self.tx, self.mesh)
             self.state = first_state(task, init, training.seed)
-        if jax.process_index() == 0:
-            for name, content in task.files.items():
-                (self.folder / name).write_text(content, encoding="utf-8")
+        for name, content in task.files.items() if jax.process_index() == 0 else ():
+            (self.folder / name).write_text(content, encoding="utf-8")
 
     def _restore(self) -> TrainState:
         """Returns the newest checkpoint's state, and puts the data where it was.
@@ -189,7 +187,7 @@ class Trainer:
             interrupted = stack.enter_context(interrupts())
             writer = metrics.MetricsWriter(self.folder, done) if first_process else None
             write = stack.enter_context(writer).write if writer else _nothing
-            hidden = None if first_process else True  # None shows it on a terminal.
+            hidden = None if first_process else True  # None shows it on terminals.
             bar = stack.enter_context(
                 tqdm(initial=done, total=training.steps, unit="step", disable=hidden)
             )
@@ -222,8 +220,7 @@ class Trainer:
                     sys.stdout.flush()
                     since, counted = time.perf_counter(), 0
                 # Several processes can only stop together.
-                alone = jax.process_count() == 1
-                asked = alone or step % training.log_every == 0
+                asked = jax.process_count() == 1 or step % training.log_every == 0
                 stops = asked and sharding.any_process(bool(interrupted))
                 if last or stops or step % training.checkpoint_every == 0:
                     _finite_floats(step_metrics, step)
@@ -252,20 +249,20 @@ class Trainer:
 
     def save(self) -> None:
         """Saves a checkpoint."""
-        self.checkpoints.save(
-            self.state, **self.about, position=self.batches.get_state()
-        )
+        position = self.batches.get_state()
+        self.checkpoints.save(self.state, **self.about, position=position)
 
     def _conclude(self, seconds: float, means: Mapping[str, float]) -> metrics.Result:
         rows = metrics.read(self.folder)
         losses = [row["loss"] for row in rows if "loss" in row]
-        memory = state_memory(self.tx, self.state.params)
+        memory, batch = (
+            state_memory(self.tx, self.state.params),
+            self.training.batch_size,
+        )
         result = metrics.Result(
             optimizer=self.optimizer.optimizer,
             steps=self.training.steps,
-            tokens=self.training.steps
-            * self.training.batch_size
-            * self.task.tokens_per_record,
+            tokens=self.training.steps * batch * self.task.tokens_per_record,
             seconds=seconds,
             loss=float(np.mean(losses[-10:])) if losses else None,
             validation=means,
