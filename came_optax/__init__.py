@@ -29,7 +29,6 @@ from came_optax._muon_dimensions import ByMuonDimensionNumbers
 from came_optax._orthogonalize import orthogonalize
 from came_optax._quantized_ema import QuantizedEmaState, quantized_ema
 from came_optax._sharding import state_sharding
-from came_optax._stochastic_rounding import stochastic_apply_updates
 from came_optax._version import __version__
 
 __all__ = [
@@ -64,6 +63,5 @@ __all__ = [
     "state_memory",
     "state_sharding",
     "steady_came",
-    "stochastic_apply_updates",
     "with_master_weights",
 ]

@@ -76,17 +76,6 @@ def check_flag(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
-def check_key(name: str, key: Any) -> None:
-    """Raises unless ``key`` is one random key, of the new type or the old."""
-    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
-    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    if not (shape == () if typed else dtype == jnp.uint32 and len(shape or ()) == 1):
-        given = type(key).__name__ if dtype is None else f"{dtype} of shape {shape}"
-        raise TypeError(
-            f"{name} must be a single random key, as from jax.random.key, got {given}"
-        )
-
-
 def check_mask(name: str, mask: Any, tree: Any) -> None:
     """Raises unless ``mask`` is a tree of bools, or a prefix of one, for ``tree``."""
     for path, leaf in jax.tree.leaves_with_path(mask):

@@ -14,7 +14,6 @@ from came_optax import (
     came,
     quantized_ema,
     steady_came,
-    stochastic_apply_updates,
     with_master_weights,
 )
 
@@ -72,17 +71,6 @@ def test_weights(bits: int, dtype: Any) -> None:
     for grads in (jnp.zeros_like(params), jnp.full_like(params, 1e-3)):
         updates, _ = tx.update(grads, tx.init(params), params)
         assert jnp.isfinite(updates).all()
-
-
-@pytest.mark.slow(but=2)
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.usefixtures("debugging")
-def test_stochastic_rounding(dtype: Any) -> None:
-    largest = float(jnp.finfo(dtype).max)
-    params = jnp.array([0.0, -0.0, 1.0, -3.3, 1e-40, largest, -largest], dtype)
-    for updates in (jnp.zeros_like(params), jnp.full_like(params, -1e-3)):
-        new = stochastic_apply_updates(params, updates, jax.random.key(0))
-        assert jnp.isfinite(new).all()
 
 
 def test_the_checks_would_find_some() -> None:

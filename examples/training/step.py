@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from came_optax import state_sharding, stochastic_apply_updates
+from came_optax import state_sharding
 from task import Batch, Count, Mean, Task
 from training import sharding
 
@@ -149,8 +149,7 @@ def make_train_step(
             lambda g, p: (g / count).astype(p.dtype), grads, state.params
         )
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        rounding = jax.random.fold_in(key, accumulate)
-        params = stochastic_apply_updates(state.params, updates, rounding)
+        params: Any = optax.apply_updates(state.params, updates)
         metrics = {name: mean.total / mean.count for name, mean in means.items()}
         metrics["gradient_norm"] = optax.tree.norm(grads)
         return TrainState(state.step + 1, params, opt_state), metrics
