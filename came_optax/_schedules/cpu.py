@@ -4,6 +4,7 @@ XLA:CPU stores what two passes over memory share. Here each pass computes it aga
 the gradient and the momentum, which are in memory anyway.
 """
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -75,8 +76,12 @@ def confide(
         return algorithm.average(m, u(), b1)
 
     new_mu, m = storage.store(new, mu)
-    delta = algorithm.trust(m(), u(), s, h, axes, t)
-    return algorithm.clip(delta, h.update_clip, axes), new_mu, s
+    trust = functools.partial(algorithm.trust, axes=axes, t=t)
+    delta = trust(m(), u(), s, h)
+    if h.update_clip is not None:
+        again = anew(trust, m(), u(), s, h)()
+        delta = delta * (1 / algorithm.excess(again, h.update_clip, axes))
+    return delta, new_mu, s
 
 
 def mean_square(x: Lazy, eps: Array, axes: FactoredAxes) -> Factored:
