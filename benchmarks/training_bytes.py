@@ -7,15 +7,15 @@ needs the package flashoptim-jax.
 """
 
 import collections
+import importlib.util
 from typing import Any
 
-import flashoptim_jax
 import jax
 import optax
 from measuring import ROOT, output
 from measuring.zoo import gpt2_shapes
 
-from came_optax import steady_came, with_master_weights
+from came_optax import came_muon, steady_came, with_master_weights
 
 COLUMNS = ("weight", "remainder", "momentum", "statistics", "gradient")
 ADAMW, INT8 = optax.adamw(1e-3), steady_came(1e-3, mu_dtype="int8")
@@ -27,8 +27,16 @@ ROWS = {
     "AdamW, float32": (ADAMW, "float32"),
     "AdamW, bfloat16, which loses steps": (ADAMW, "bfloat16"),
     "AdamW, 24-bit weights": (with_master_weights(ADAMW, 24), "bfloat16"),
-    "flashoptim's AdamW, 24-bit weights": (flashoptim_jax.flash_adamw(), "bfloat16"),
+    "came_muon, int8, 24-bit weights": (
+        with_master_weights(came_muon(1e-3), 24),
+        "bfloat16",
+    ),
 }
+if importlib.util.find_spec("flashoptim_jax"):
+    import flashoptim_jax
+
+    FLASH = flashoptim_jax.flash_adamw()
+    ROWS["flashoptim's AdamW, 24-bit weights"] = (FLASH, "bfloat16")
 # Of the state; what is not named here is a statistic.
 KINDS = {"remainder": "remainder", "ecc": "remainder", "mu": "momentum"}
 

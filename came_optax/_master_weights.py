@@ -108,8 +108,9 @@ def with_master_weights(
       infinity, which is the bfloat16 of more than 3.39e38; by a subnormal difference,
       for magnitudes below 1.5e-36, where sums of those are flushed to 0, as on CPUs and
       TPUs; from just below a power of two to less than 2⁻¹⁵ of it beyond 0, where the
-      weight may be off by half of the step's last bit. In float16 magnitudes from 2⁻¹⁷
-      to 65,520 are exact, and smaller ones multiples of 2⁻⁴⁰.
+      weight may be off by the step's last bit; by more than float32's largest number,
+      to which the update is clipped. In float16 magnitudes from 2⁻¹⁷ to 65,520 are
+      exact, and smaller ones multiples of 2⁻⁴⁰.
 
       A step's error is below 2⁻¹⁵ of the weight with 24 bits (in float16 2⁻¹⁸), and
       2⁻⁷ with 16 (2⁻¹⁰); its mean is 0.
