@@ -23,7 +23,14 @@ extensions = [
     "sphinx_copybutton",
     "sphinxext.opengraph",
 ]
-exclude_patterns = ["_build", "results"]
+# The tables in results are included by pages; the protocol is a page itself.
+exclude_patterns = [
+    "_build",
+    "results/*.md",
+    "results/[!s]*",
+    "results/s[!t]*",
+    "results/study/results.md",
+]
 templates_path = ["_templates"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 2
