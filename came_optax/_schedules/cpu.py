@@ -114,8 +114,8 @@ def anew(function: Callable[..., T], *inputs: Any) -> Callable[[], T]:
 
 def when_known(x: Array, s: Factored) -> Array:
     """Returns x, not before s is known: which is never negative, but XLA can't know."""
-    never = jnp.mean(s.row) + jnp.mean(s.col) < 0
-    return jnp.where(never, jnp.nan, x)
+    known = jnp.mean(s.row) + jnp.mean(s.col)
+    return jnp.where(known < 0, jnp.sqrt(known), x)
 
 
 CPU = Schedule(normalize=normalize, confide=confide)

@@ -27,8 +27,8 @@ def normalize(
     """See :class:`Schedule`."""
     if isinstance(v, Factored) and g.nbytes <= _SMALL:
         # No row statistic is negative, but XLA can't know, and has to make the copy.
-        never = jnp.expand_dims(v.row, axes.col) < 0
-        g = jax.lax.optimization_barrier(jnp.where(never, jnp.nan, g))
+        row = jnp.expand_dims(v.row, axes.col)
+        g = jax.lax.optimization_barrier(jnp.where(row < 0, jnp.sqrt(row), g))
     return plain.normalize(g, v, h, axes, t)
 
 

@@ -3,9 +3,10 @@
 import dataclasses
 import json
 import math
-import multiprocessing
 import pathlib
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -158,22 +159,31 @@ def test_log_survives_a_line_cut_short(tmp_path: pathlib.Path) -> None:
     assert sorted(log.losses(log.read(path)).values()) == [1.5, math.inf]
 
 
-def _hold(folder: pathlib.Path, run: Run, ready: Any) -> None:
-    with log.claim(folder, run):
-        ready.set()
-        multiprocessing.Event().wait()
+HOLD = """
+import pathlib, sys
+from comparing import log
+from comparing.protocol import Run
+
+with log.claim(pathlib.Path(sys.argv[1]), Run("tune", "a", {}, 0)):
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
 
 
 def test_a_claim_ends_with_its_process(tmp_path: pathlib.Path) -> None:
-    context = multiprocessing.get_context("fork")
-    run, ready = Run("tune", "a", {}, 0), context.Event()
-    process = context.Process(target=_hold, args=(tmp_path, run, ready), daemon=True)
-    process.start()
-    assert ready.wait(30)
+    run = Run("tune", "a", {}, 0)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=pathlib.Path(compare_optimizers.__file__).parent,
+    )
+    assert process.stdin and process.stdout
+    assert process.stdout.readline() == b"ready\n"
     with log.claim(tmp_path, run) as state:
         assert state is None
     process.kill()
-    process.join()
+    process.communicate()
     with log.claim(tmp_path, run) as state:
         assert state is not None
 
