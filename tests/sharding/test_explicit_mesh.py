@@ -124,7 +124,11 @@ def test_remainders_have_their_parameters_types(explicit_mesh, bits):
         ):
             assert jax.typeof(p).sharding == jax.typeof(r).sharding
     updates, new = jax.eval_shape(tx.update, params, state, params)
+    # Of what isn't sharded jax 0.8 writes the spec in several ways.
     for before, after in ((state, new), (params, updates)):
-        assert jax.tree.map(lambda x: jax.typeof(x).sharding, before) == jax.tree.map(
-            lambda x: x.sharding, after
-        )
+        for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+            specs = [
+                getattr(s, "spec", ()) for s in (jax.typeof(x).sharding, y.sharding)
+            ]
+            padded = [(*spec, *(None,) * (x.ndim - len(spec))) for spec in specs]
+            assert padded[0] == padded[1]
