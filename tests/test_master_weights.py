@@ -361,6 +361,8 @@ INSIDE = AROUND | {"apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3)}
     [(name, False) for name in AROUND] + [(name, True) for name in INSIDE],
 )
 def test_wrappers_around_and_inside(wrap: str, inside: bool) -> None:
+    if (wrap, inside) == ("MultiSteps", False) and optax.__version__ == "0.2.7":
+        pytest.skip("optax 0.2.7's MultiSteps changes the dtype of what it adds up")
     start = gradients(0)
 
     def repeated(i: Any, dtype: Any = jnp.bfloat16) -> Any:
