@@ -99,23 +99,24 @@ def encode(
     return Codes(pack(values) if bits == 4 else values, row_scale, col_scale)
 
 
-def decode(codes: Codes, like: jax.Array, axes: FactoredAxes) -> jax.Array:
+def decode(
+    codes: Codes, like: jax.Array, axes: FactoredAxes, one: jax.Array | float = 1.0
+) -> jax.Array:
     """Returns on average what :func:`encode` was given, an array ``like`` it.
 
     Codes lie three times as close around 0, where most momentum is, as at ±1.
+
+    Args:
+      codes: the codes.
+      like: an array of the leaf's shape.
+      axes: the leaf's axes.
+      one: 1, which XLA may not know: constants that two passes share XLA:CPU stores as
+        arrays of the leaf's shape.
     """
     values = unpack(codes.values, like) if codes.bits == 4 else codes.values
-    top = _TOP[codes.bits]
-
-    def of_elements(factor: float) -> jax.Array:
-        scales = factor * codes.row_scale, factor * codes.col_scale
-        return _of_elements(jnp.minimum, *scales, axes, like.ndim)
-
-    # y (1 + |y|) / 2 of y = code / top, but in products of whole leaves alone: XLA:CPU
-    # would store a constant that is added as an array.
-    linear, quadratic = of_elements(0.5 / top), of_elements(0.5 / top**2)
-    y = values.astype(linear.dtype)
-    x: jax.Array = y * (linear + jnp.abs(y) * quadratic)
+    scale = _of_elements(jnp.minimum, codes.row_scale, codes.col_scale, axes, like.ndim)
+    y = values.astype(scale.dtype) * (one / _TOP[codes.bits])
+    x: jax.Array = y * (one + jnp.abs(y)) * scale * (one / 2)
     return x
 
 

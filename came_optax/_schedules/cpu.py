@@ -57,10 +57,11 @@ def confide(
     if not axes.factored:
         return plain.confide(u, mu, s, h, axes, t, storage)
 
-    def load(mu: Stored, b1: Array) -> tuple[Array, Array]:
-        return storage.load(mu), b1
+    def load(mu: Stored, b1: Array, one: Array) -> tuple[Array, Array]:
+        return storage.load(mu, one), b1
 
-    old = anew(load, mu, h.b1)
+    one = jnp.ones_like(h.b1)
+    old = anew(load, mu, h.b1, one)
 
     def residual() -> Array:
         (m, b1), one_u = old(), u()
@@ -69,7 +70,7 @@ def confide(
     if s is not None:
         s = algorithm.average(s, mean_square(residual, h.eps2, axes), h.b3)
         # The old momentum is overwritten, which has to wait for these passes over it.
-        old = anew(load, mu, when_known(h.b1, s))
+        old = anew(load, mu, when_known(h.b1, s), one)
 
     def new() -> Array:
         m, b1 = old()
