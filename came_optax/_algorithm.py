@@ -121,13 +121,9 @@ def mean_square(x: jax.Array, eps: jax.Array, axes: FactoredAxes) -> Statistic:
     if not axes.factored:
         return bounded(square(x) + eps)
     return Factored(
-        mean_square_over(axes.col, x, eps), mean_square_over(axes.row, x, eps)
+        bounded(jnp.mean(square(x), axes.col) + eps),
+        bounded(jnp.mean(square(x), axes.row) + eps),
     )
-
-
-def mean_square_over(over: tuple[int, ...], x: jax.Array, eps: jax.Array) -> jax.Array:
-    """Returns the mean of |x|² + ε over some axes."""
-    return bounded(jnp.mean(square(x), over) + eps)
 
 
 def divide_by_root(x: jax.Array, statistic: Statistic, axes: FactoredAxes) -> jax.Array:

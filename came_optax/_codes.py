@@ -99,24 +99,15 @@ def encode(
     return Codes(pack(values) if bits == 4 else values, row_scale, col_scale)
 
 
-def decode(
-    codes: Codes, like: jax.Array, axes: FactoredAxes, one: jax.Array | float = 1.0
-) -> jax.Array:
+def decode(codes: Codes, like: jax.Array, axes: FactoredAxes) -> jax.Array:
     """Returns on average what :func:`encode` was given, an array ``like`` it.
 
     Codes lie three times as close around 0, where most momentum is, as at ±1.
-
-    Args:
-      codes: the codes.
-      like: an array of the leaf's shape.
-      axes: the leaf's axes.
-      one: 1, which XLA may not know: constants that two passes share XLA:CPU stores as
-        arrays of the leaf's shape.
     """
     values = unpack(codes.values, like) if codes.bits == 4 else codes.values
     scale = _of_elements(jnp.minimum, codes.row_scale, codes.col_scale, axes, like.ndim)
-    y = values.astype(scale.dtype) * (one / _TOP[codes.bits])
-    x: jax.Array = y * (one + jnp.abs(y)) * scale * (one / 2)
+    y = values.astype(scale.dtype) / _TOP[codes.bits]
+    x: jax.Array = y * (1 + jnp.abs(y)) * (scale / 2)
     return x
 
 

@@ -127,15 +127,10 @@ class Storage(NamedTuple):
     axes: FactoredAxes
     step: jax.Array
 
-    def load(self, stored: Stored, one: jax.Array | float = 1.0) -> jax.Array:
-        """Returns stored momentum in the dtype of the step's arithmetic.
-
-        Args:
-          stored: as the state holds it.
-          one: 1, which XLA may not know; see :func:`came_optax._codes.decode`.
-        """
+    def load(self, stored: Stored) -> jax.Array:
+        """Returns stored momentum in the dtype of the step's arithmetic."""
         if isinstance(stored, Codes):
-            return _codes.decode(stored, self.like, self.axes, one)
+            return _codes.decode(stored, self.like, self.axes)
         return stored.astype(self.like.dtype)
 
     def store(self, new: Lazy, old: Stored) -> tuple[Stored, Lazy]:

@@ -54,29 +54,17 @@ def confide(
     storage: Storage,
 ) -> tuple[Array, Stored, Factored | None]:
     """See :class:`Schedule`."""
-    if not axes.factored:
+    if s is None:
         return plain.confide(u, mu, s, h, axes, t, storage)
 
-    def load(mu: Stored, b1: Array, one: Array) -> tuple[Array, Array]:
-        return storage.load(mu, one), b1
-
-    one = jnp.ones_like(h.b1)
-    old = anew(load, mu, h.b1, one)
-
-    def residual() -> Array:
-        (m, b1), one_u = old(), u()
-        return one_u - algorithm.average(m, one_u, b1)
-
-    if s is not None:
-        s = algorithm.average(s, mean_square(residual, h.eps2, axes), h.b3)
-        # The old momentum is overwritten, which has to wait for these passes over it.
-        old = anew(load, mu, when_known(h.b1, s), one)
-
-    def new() -> Array:
-        m, b1 = old()
-        return algorithm.average(m, u(), b1)
-
-    new_mu, m = storage.store(new, mu)
+    change = u() - storage.load(mu)  # u − m, for the new m, is b1 times this.
+    new = mean_square(anew(lambda x: x, change), h.eps2, axes, h.b1)
+    s = algorithm.average(s, new, h.b3)
+    # The new momentum takes the place of the change, which has to be read before.
+    b1 = when_known(h.b1, s)
+    one_u = u()
+    new_m = jnp.where(jnp.isfinite(one_u), one_u - b1 * change, one_u)  # Not ∞ − ∞.
+    new_mu, m = storage.store(lambda: new_m, mu)
     trust = functools.partial(algorithm.trust, axes=axes, t=t)
     delta = trust(m(), u(), s, h)
     if h.update_clip is not None:
@@ -85,12 +73,16 @@ def confide(
     return delta, new_mu, s
 
 
-def mean_square(x: Lazy, eps: Array, axes: FactoredAxes) -> Factored:
-    """Returns the means of |x|² + ε over columns and over rows, by a pass each."""
-    return Factored(
-        algorithm.mean_square_over(axes.col, x(), eps),
-        algorithm.mean_square_over(axes.row, x(), eps),
-    )
+def mean_square(
+    x: Lazy, eps: Array, axes: FactoredAxes, factor: Array | float = 1
+) -> Factored:
+    """Returns means of |factor · x|² + ε over columns and over rows, by a pass each."""
+
+    def over(some: tuple[int, ...]) -> Array:
+        mean = factor**2 * jnp.mean(algorithm.square(x()), some)
+        return algorithm.bounded(mean + eps)
+
+    return Factored(over(axes.col), over(axes.row))
 
 
 def product(g: Array, of_row: Array, of_col: Array) -> Array:
