@@ -1,7 +1,8 @@
 """For CPUs, where fresh memory costs more than arithmetic.
 
-XLA:CPU stores what two passes over memory share. Here each pass computes it again, from
-the gradient and the momentum, which are in memory anyway.
+XLA:CPU stores what two passes over memory share. Here each pass computes the normalised
+gradient again, from the gradient, which is in memory anyway; u − m is stored in the
+place of m, and the new m in the place of that.
 """
 
 import functools
