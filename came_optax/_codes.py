@@ -64,7 +64,11 @@ def reductions(axes: FactoredAxes, ndim: int) -> tuple[Axes, Axes | None]:
 
 
 def encode(
-    x: Callable[[], jax.Array], axes: FactoredAxes, bits: int, count: jax.Array
+    x: Callable[[], jax.Array],
+    axes: FactoredAxes,
+    bits: int,
+    count: jax.Array,
+    largest: Callable[[jax.Array, Axes], jax.Array],
 ) -> Codes:
     """Returns codes of x, rounded up or down by turns: on average they are x.
 
@@ -77,13 +81,14 @@ def encode(
       axes: the leaf's axes.
       bits: 8 or 4.
       count: number of updates with this one; shape (), int32.
+      largest: computes what :func:`largest` does.
     """
     for_row = x()
     over_col, over_row = reductions(axes, for_row.ndim)
-    row_scale = jnp.max(jnp.abs(for_row), over_col)
+    row_scale = largest(for_row, over_col)
     col_scale = jnp.zeros((1,), row_scale.dtype)
     if over_row is not None:
-        col_scale = jnp.max(jnp.abs(x()), over_row)
+        col_scale = largest(x(), over_row)
     leaf, top = x(), _TOP[bits]
     inverse = _of_elements(
         jnp.maximum, _inverse(row_scale), _inverse(col_scale), axes, leaf.ndim
@@ -109,6 +114,11 @@ def decode(codes: Codes, like: jax.Array, axes: FactoredAxes) -> jax.Array:
     y = values.astype(scale.dtype) / _TOP[codes.bits]
     x: jax.Array = y * (1 + jnp.abs(y)) * (scale / 2)
     return x
+
+
+def largest(x: jax.Array, over: Axes) -> jax.Array:
+    """Returns the largest magnitudes over some axes."""
+    return jnp.max(jnp.abs(x), over)
 
 
 def _inverse(scale: jax.Array) -> jax.Array:

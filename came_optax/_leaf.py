@@ -77,14 +77,19 @@ def update(
     bias_correction: bool,
     axes: FactoredAxes,
     dtype: Any,
+    after: jax.Array,
 ) -> tuple[jax.Array, Leaf]:
-    """Returns one leaf's update, in the dtype of the arithmetic, and its new arrays."""
+    """Returns one leaf's update, in the dtype of the arithmetic, and its new arrays.
+
+    ``after`` is what :func:`came_optax._momentum.known` says of the leaf before.
+    """
     new: tuple[jax.Array, Leaf] = _update(
         jnp.asarray(g).astype(_upcast_dtype(g, dtype)),
         leaf,
         h,
         count,
         count.astype(dtype) if bias_correction else None,
+        after,
         axes=axes,
         by_platform=tuple(schedules.BY_PLATFORM.items()),
     )
@@ -116,6 +121,7 @@ def _update(
     h: Hyperparameters,
     count: jax.Array,
     t: jax.Array | None,
+    after: jax.Array,
     *,
     axes: FactoredAxes,
     by_platform: Any,
@@ -129,7 +135,7 @@ def _update(
     # Real numbers scale complex leaves.
     with jax.numpy_dtype_promotion("standard"):
         new: tuple[jax.Array, Leaf] = jax.lax.platform_dependent(
-            *(g, leaf, h, count, t), **branches, default=by(schedules.PLAIN)
+            *(g, leaf, h, count, t, after), **branches, default=by(schedules.PLAIN)
         )
     return new
 
@@ -141,6 +147,7 @@ def _by_schedule(
     h: Hyperparameters,
     count: jax.Array,
     t: jax.Array | None,
+    after: jax.Array,
     *,
     axes: FactoredAxes,
 ) -> tuple[jax.Array, Leaf]:
@@ -164,7 +171,7 @@ def _by_schedule(
         h,
         axes,
         t,
-        momentum.Storage(g, axes, count),
+        momentum.Storage(g, axes, count, after),
     )
     leaf = leaf._replace(mu=new_mu)
     return delta, leaf if s is None else leaf._replace(s_row=s.row, s_col=s.col)

@@ -121,11 +121,13 @@ class Storage(NamedTuple):
       like: the leaf, in the dtype of the step's arithmetic.
       axes: the leaf's axes.
       step: number of updates with this one; shape (), int32.
+      after: what :func:`known` says of the leaf before.
     """
 
     like: jax.Array
     axes: FactoredAxes
     step: jax.Array
+    after: jax.Array | None = None
 
     def load(self, stored: Stored) -> jax.Array:
         """Returns stored momentum in the dtype of the step's arithmetic."""
@@ -133,17 +135,26 @@ class Storage(NamedTuple):
             return _codes.decode(stored, self.like, self.axes)
         return stored.astype(self.like.dtype)
 
-    def store(self, new: Lazy, old: Stored) -> tuple[Stored, Lazy]:
+    def store(
+        self, new: Lazy, old: Stored, largest: Any = _codes.largest
+    ) -> tuple[Stored, Lazy]:
         """Returns momentum stored as the old one was, and what the step goes on with.
 
         That is the momentum itself, wherever what is stored is rounded.
         """
         if isinstance(old, Codes):
-            return _codes.encode(new, self.axes, old.bits, self.step), new
+            return _codes.encode(new, self.axes, old.bits, self.step, largest), new
         momentum = new()
         if momentum.dtype != old.dtype:
             return momentum.astype(old.dtype), new
         return momentum, lambda: momentum
+
+
+def known(stored: Any, before: jax.Array) -> jax.Array:
+    """Returns a number ≥ 0, shape (), that is known once codes are, or ``before``."""
+    if not isinstance(stored, Codes):
+        return before
+    return jnp.mean(stored.row_scale.astype(before.dtype))
 
 
 def _array_dtype(p: Any, mu_dtype: str) -> Any:

@@ -154,7 +154,7 @@ def _update(
     hyperparameters = functools.cache(
         functools.partial(leaf.hyperparameters, transform.hyperparameters)
     )
-    new_updates, leaves = [], []
+    new_updates, leaves, after = [], [], jnp.zeros([], jnp.float32)
     for (path, g), leaf_axes, *arrays in zip(
         jax.tree.leaves_with_path(updates), axes, *columns, strict=True
     ):
@@ -170,7 +170,9 @@ def _update(
                 transform.bias_correction,
                 leaf_axes,
                 dtype,
+                after,
             )
+            after = momentum.known(new.mu, after)
         new_updates.append(u)
         leaves.append(new)
     return (

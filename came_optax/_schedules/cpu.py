@@ -17,6 +17,7 @@ from jax import Array
 
 from came_optax import _algorithm as algorithm
 from came_optax._algorithm import Factored, Hyperparameters, Statistic
+from came_optax._codes import Codes
 from came_optax._factoring import FactoredAxes
 from came_optax._momentum import Lazy, Storage, Stored
 from came_optax._schedules import plain
@@ -58,14 +59,17 @@ def confide(
     if s is None:
         return plain.confide(u, mu, s, h, axes, t, storage)
 
+    if isinstance(mu, Codes) and storage.after is not None:
+        # Not decoded while the leaf before is being encoded.
+        mu = mu._replace(row_scale=when_known(mu.row_scale, storage.after))
     change = u() - storage.load(mu)  # u − m, for the new m, is b1 times this.
     new = mean_square(anew(lambda x: x, change), h.eps2, axes, h.b1)
     s = algorithm.average(s, new, h.b3)
     # The new momentum takes the place of the change, which has to be read before.
-    b1 = when_known(h.b1, s)
+    b1 = when_known(h.b1, jnp.mean(s.row) + jnp.mean(s.col))
     one_u = u()
     new_m = jnp.where(jnp.isfinite(one_u), one_u - b1 * change, one_u)  # Not ∞ − ∞.
-    new_mu, m = storage.store(lambda: new_m, mu)
+    new_mu, m = storage.store(lambda: new_m, mu, largest)
     trust = functools.partial(algorithm.trust, axes=axes, t=t)
     delta = trust(m(), u(), s, h)
     if h.update_clip is not None:
@@ -106,10 +110,14 @@ def anew(function: Callable[..., T], *inputs: Any) -> Callable[[], T]:
     return compute
 
 
-def when_known(x: Array, s: Factored) -> Array:
-    """Returns x, not before s is known: which is never negative, but XLA can't know."""
-    known = jnp.mean(s.row) + jnp.mean(s.col)
-    return jnp.where(known < 0, jnp.sqrt(known), x)
+def when_known(x: Array, other: Array) -> Array:
+    """Returns x, not before the other is known: which is ≥ 0, but XLA can't know."""
+    return jnp.where(other < 0, jnp.sqrt(other), x)
+
+
+def largest(x: Array, over: tuple[int, ...]) -> Array:
+    """Returns the largest magnitudes; what XLA stores on the way is x, not |x|."""
+    return jnp.maximum(jnp.max(x, over), -jnp.min(x, over))
 
 
 CPU = Schedule(normalize=normalize, confide=confide)
