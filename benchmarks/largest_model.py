@@ -23,7 +23,14 @@ import matplotlib.pyplot as plt
 from flax import nnx
 from matplotlib.figure import Figure
 from measuring import ROOT, output
-from measuring.compiled_steps import CHIPS, OPTIMIZERS, Results, compile_step, one_chip
+from measuring.compiled_steps import (
+    CHIPS,
+    MASTER_WEIGHTS,
+    OPTIMIZERS,
+    Results,
+    compile_step,
+    one_chip,
+)
 from measuring.examples import (
     Target,
     Task,
@@ -200,6 +207,8 @@ def main() -> None:
     target, results = one_chip(args.chip), Results(args.output / "largest.json")
     for dtype in args.param_dtypes:
         for name in args.optimizers:
+            if name in MASTER_WEIGHTS and dtype == "float32":
+                continue
             find_largest(results, args.chip, name, dtype, target)
     found = found_largest(results)
     text = make_table(found)

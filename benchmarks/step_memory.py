@@ -17,11 +17,19 @@ import matplotlib
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from measuring import ROOT, output
-from measuring.compiled_steps import CHIPS, OPTIMIZERS, Results, compile_step, one_chip
+from measuring.compiled_steps import (
+    CHIPS,
+    MASTER_WEIGHTS,
+    OPTIMIZERS,
+    Results,
+    compile_step,
+    one_chip,
+)
 from measuring.examples import GIB, make_task
 
 FOLDER = ROOT / "docs" / "results" / "memory"
 STEPS = {"bert-large": ("bert", "large"), "gpt2-medium": ("gpt2", "medium")}
+NAMES = [name for name in OPTIMIZERS if name not in MASTER_WEIGHTS]
 # Luo et al., 2023, as printed, on a GPU: GB of BERT-Large, the batch not given; GiB of
 # GPT-2 medium at batch 1.
 PAPER_STEPS = {
@@ -42,7 +50,7 @@ def step_table(results: Results) -> str:
             cells[f"{model}, paper"] = str(paper.get(name, ""))
         return cells
 
-    rows = [row(name) for name in OPTIMIZERS]
+    rows = [row(name) for name in NAMES]
     empty = [key for key in rows[0] if not any(r[key] for r in rows)]
     return output.table([{k: v for k, v in r.items() if k not in empty} for r in rows])
 
@@ -61,13 +69,13 @@ def draw(results: Results) -> Figure:
         for i, (chip, style) in enumerate(zip(CHIPS, styles, strict=True)):
             gib = {
                 y + 0.27 * (i - 1): step["bytes"] / GIB
-                for y, name in enumerate(OPTIMIZERS)
+                for y, name in enumerate(NAMES)
                 if (step := results.find(chip, model, name))
             }
             axes.barh(list(gib), gib.values(), 0.24, edgecolor="0", label=chip, **style)
         paper = {
             y: PAPER_STEPS[model][name]
-            for y, name in enumerate(OPTIMIZERS)
+            for y, name in enumerate(NAMES)
             if name in PAPER_STEPS[model]
         }
         axes.plot(
@@ -75,7 +83,7 @@ def draw(results: Results) -> Figure:
         )
         axes.set_title(model)
         axes.set_xlabel("memory of a training step (GiB)")
-    panels[0].set_yticks(range(len(OPTIMIZERS)), list(OPTIMIZERS))
+    panels[0].set_yticks(range(len(NAMES)), NAMES)
     panels[0].invert_yaxis()
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4
@@ -87,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chip", choices=CHIPS, default="v5e")
     parser.add_argument("--models", nargs="+", choices=STEPS, default=STEPS)
-    parser.add_argument("--optimizers", nargs="+", default=OPTIMIZERS)
+    parser.add_argument("--optimizers", nargs="+", default=NAMES)
     parser.add_argument("--output", type=pathlib.Path, default=FOLDER)
     args = parser.parse_args()
 

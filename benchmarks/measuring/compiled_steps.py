@@ -3,18 +3,39 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
 
-from measuring import chips, optimizers
+from came_optax import BalancedSplit, Stacked, came_muon, with_master_weights
+from measuring import chips
 from measuring.examples import Target, Task, ahead_of_time, devices
-from measuring.optimizers import in_float32
+from measuring.optimizers import OPTAX, OURS, Make, in_float32
 
 CHIPS = ("v5e", "v5p", "h100")
+STACKED = Stacked(BalancedSplit(min_dim_size=2), where="/stack/")
+
+
+def _wide(make: Make) -> Make:
+    return lambda: in_float32(make())
+
+
+# Of 16-bit parameters; as float32 they are trained without.
+MASTER_WEIGHTS: Mapping[str, Make] = {
+    f"{name}, int8, 24-bit weights": lambda tx=tx: with_master_weights(tx(), bits=24)
+    for name, tx in {
+        "steady_came": OURS["steady_came, int8"],
+        "came_muon": partial(came_muon, 1e-3, weight_decay=0.1, factoring=STACKED),
+    }.items()
+}
 # In the paper Adafactor has momentum.
-OPTIMIZERS = {k: make for k, make in optimizers.OPTIMIZERS.items() if k != "Adafactor"}
+OPTIMIZERS: Mapping[str, Make] = {
+    **OURS,
+    **MASTER_WEIGHTS,
+    **{k: _wide(m) for k, m in OPTAX.items() if k != "Adafactor"},
+}
 
 
 def one_chip(name: str) -> Target:
@@ -36,7 +57,7 @@ def compile_step(
     Parameters and state are donated. The state is in float32 whatever the parameters
     are, except CAME's momentum.
     """
-    tx = in_float32(OPTIMIZERS[optimizer]())
+    tx = OPTIMIZERS[optimizer]()
     mesh = devices.make_mesh({}, target.devices)
     report = ahead_of_time.compile_train_step(task, tx, target, mesh, batch_size=1)
     fits = report.fits

@@ -22,13 +22,13 @@ OURS: Mapping[str, Make] = {
     )
     for dtype in ("float32", "bfloat16", "int8", "int4")
 } | {"came, float32": partial(came, 1e-3, weight_decay=0.1)}
-OPTIMIZERS: Mapping[str, Make] = {
-    **OURS,
+OPTAX: Mapping[str, Make] = {
     "AdamW": partial(optax.adamw, 1e-3, weight_decay=0.1),
     "Adafactor, momentum": partial(optax.adafactor, 1e-3, momentum=0.9),
     "Adafactor": partial(optax.adafactor, 1e-3),
     "SGD": partial(optax.sgd, 1e-3),
 }
+OPTIMIZERS: Mapping[str, Make] = {**OURS, **OPTAX}
 
 
 @contextlib.contextmanager
