@@ -26,6 +26,7 @@ import jax
 from comparing import log, protocol, report, tasks
 from comparing.training import Series
 from running import command_line
+from task import with_param_dtype
 
 WAIT = 20  # Seconds until what others do may let a run begin.
 
@@ -136,8 +137,13 @@ class Worker:
             )
         if (task, run.optimizer) not in self._series:
             make = self.study.build(run.optimizer, log.losses(log.read(self.path)))
+            splits = self._splits[task]
+            dtype = self.study.optimizers[run.optimizer].param_dtype
+            splits = dataclasses.replace(
+                splits, task=with_param_dtype(splits.task, dtype)
+            )
             self._series[task, run.optimizer] = Series(
-                self._splits[task], values["batch_size"], make, run.settings
+                splits, values["batch_size"], make, run.settings
             )
         return self._series[task, run.optimizer]
 

@@ -57,8 +57,12 @@ def flash_adamw(schedule: Schedule, *, b1: Any, b2: Any, weight_decay: Any) -> T
     )
 
 
-def steady_came(schedule: Schedule, **settings: Any) -> Tx:
-    return came_optax.steady_came(schedule, **settings, weight_decay_mask=decay_mask)
+def steady_came(
+    schedule: Schedule, *, weight_bits: int | None = None, **settings: Any
+) -> Tx:
+    """`weight_bits` are those that bfloat16 parameters are trained like."""
+    tx = came_optax.steady_came(schedule, **settings, weight_decay_mask=decay_mask)
+    return came_optax.with_master_weights(tx, weight_bits) if weight_bits else tx
 
 
 def came(schedule: Schedule, **settings: Any) -> Tx:

@@ -49,6 +49,7 @@ class Optimizer:
         like: Whose settings it takes over, instead of a search of its own.
         simplest_of: Forms, the simplest first, of which it is one: see `Protocol.form`.
         judged_on: The parts whose losses choose it.
+        param_dtype: What it trains.
     """
 
     make: str = ""
@@ -57,6 +58,7 @@ class Optimizer:
     like: str | None = None
     simplest_of: Sequence[str] = ()
     judged_on: Sequence[str] = ()
+    param_dtype: str = "float32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Part:
         tokens_per_parameter: The budget.
         optimizers: Who takes part.
         seeds: Of weights and data.
-        settings: The part that settings come from; none for "tune".
+        settings: The part that settings come from; by default they are `start`.
         runs: Of "tune": how many each optimizer has.
         repeats: Of "tune": how many of them run the best settings again, with seed two.
     """
@@ -97,6 +99,7 @@ class Protocol:
         optimizers: Those compared.
         grid: The values of each setting, in order; a search goes from one to the next.
         parts: By name, in the order in which they are run.
+        references: The optimizers that others are told the differences to.
     """
 
     corpora: Sequence[str]
@@ -104,6 +107,7 @@ class Protocol:
     optimizers: Mapping[str, Optimizer]
     grid: Mapping[str, Sequence[float]]
     parts: Mapping[str, Part]
+    references: Sequence[str] = ("adamw", "muon")
 
     def pending(self, losses: Losses) -> Iterator[Run]:
         """Yields runs that can be begun now, the first in turn first."""
@@ -122,7 +126,9 @@ class Protocol:
         """
         if part.kind == "tune":
             return self._search(part, name, losses)
-        settings = self.chosen(self.parts[part.settings], name, losses)
+        settings: Settings | None = self.optimizers[name].start
+        if part.settings:
+            settings = self.chosen(self.parts[part.settings], name, losses)
         if settings is None:
             return []
         values: list[Settings | None] = [settings]

@@ -17,9 +17,8 @@ from comparing import log
 from comparing.protocol import Part, Protocol, mean_and_error
 from table import format_table
 
-ADAMW, MUON = REFERENCES = ("adamw", "muon")  # What differences are to.
+ADAMW = "adamw"  # What data and sizes are counted by.
 SIZES = ("gpt2-small", "gpt2-middle", "gpt2-large")
-BUDGET = 20  # Tokens a parameter, at which all are judged.
 PLATEAU = 0.5  # Nats below the unigram cross-entropy that end it.
 REDRAWN = 300  # Fits, for the error of what is read off one.
 
@@ -40,12 +39,21 @@ class Results:
         """Returns a part's finished runs."""
         return [row for row in self.rows.values() if row["part"] == part.name]
 
-    def judged(self, task: str, budget: float = BUDGET) -> dict[str, Runs]:
-        """Returns a task's judging runs; a chosen form stands for its optimizer."""
+    def judged(self, task: str, budget: float | None = None) -> dict[str, Runs]:
+        """Returns a task's judging runs; a chosen form stands for its optimizer.
+
+        Those at so many tokens a parameter, by default as many as where it is judged
+        first.
+        """
         found: dict[str, dict[int, Row]] = collections.defaultdict(dict)
-        for part in self.study.parts.values():
-            at = (part.kind, part.task, part.tokens_per_parameter)
-            for row in self.done(part) if at == ("judge", task, budget) else ():
+        parts = [
+            part
+            for part in self.study.parts.values()
+            if (part.kind, part.task) == ("judge", task)
+        ]
+        budget = budget or (parts[0].tokens_per_parameter if parts else None)
+        for part in parts:
+            for row in self.done(part) if part.tokens_per_parameter == budget else ():
                 found[row["optimizer"]][row["seed"]] = row
         for name, optimizer in self.study.optimizers.items():
             if optimizer.simplest_of and name not in found:
@@ -151,7 +159,7 @@ def task_rows(results: Results, task: str) -> list[dict[str, str]]:
         runs, row = judged[name], next(iter(judged[name].values()))
         mean, error = _of(runs)
         cells = {"optimizer": name, "loss": f"{mean:.4f}", "seeds": str(len(runs))}
-        for other in REFERENCES:
+        for other in results.study.references:
             if other in judged:
                 same = other == name
                 cells[f"− {other}'s"] = (

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import compare_optimizers
 from comparing import log, optimizers, protocol, report, training
@@ -102,6 +103,12 @@ def test_another_worker_finds_other_runs_to_do() -> None:
 def test_divergence_is_never_chosen() -> None:
     losses = carry_out(sketch(), lambda run: math.inf)
     assert not runs_of(losses, "judge", "a")
+
+
+def test_parts_without_settings_run_what_optimizers_start_with() -> None:
+    losses = carry_out(sketch(parts=named(dataclasses.replace(JUDGE, settings=""))))
+    runs = runs_of(losses, "judge", "a")
+    assert [run.settings for run in runs] == [{"learning_rate": 1.0, "b1": 0.2}] * 3
 
 
 def test_rates_are_searched_again_around_the_one_chosen() -> None:
@@ -431,8 +438,9 @@ def test_worker_does_all_there_is_to_do(
     done: list[tuple[Any, ...]] = []
 
     class FakeSeries:
-        def __init__(self, *_: Any) -> None:
-            pass
+        def __init__(self, splits: Splits, *_: Any) -> None:
+            params = nnx.state(splits.task.make_model(nnx.Rngs(0)), nnx.Param)
+            assert {p.dtype.name for p in jax.tree.leaves(params)} == {"bfloat16"}
 
         def steps(self, budget: float) -> int:
             return int(10 * budget)
@@ -443,7 +451,8 @@ def test_worker_does_all_there_is_to_do(
             return {"loss": loss, "seconds": 1.0}
 
     monkeypatch.setattr(compare_optimizers, "Series", FakeSeries)
-    optimizers = {"a": Optimizer("builtins:dict", {"learning_rate": 1.0, "b1": 0.2})}
+    start = {"learning_rate": 1.0, "b1": 0.2}
+    optimizers = {"a": Optimizer("builtins:dict", start, param_dtype="bfloat16")}
     parts = (dataclasses.replace(p, optimizers=["a"]) for p in (TUNE, JUDGE))
     task = {"model": {}, "batch_size": 1, "evaluations": 1}
     study = sketch(tasks={"t": task}, optimizers=optimizers, parts=named(*parts))
