@@ -1,9 +1,10 @@
 """CAME (Luo et al., ACL 2023) as a composable Optax gradient transformation."""
 
-from came_optax._came import ScaleByCameState, came, scale_by_came, steady_came
+from came_optax._came import came, steady_came
 from came_optax._codes import Codes
 from came_optax._confidence import ScaleByConfidenceState, scale_by_confidence
 from came_optax._conversion import ConversionReport, conversion_report, convert_state
+from came_optax._factored_axes import FactoredAxes, FactoringRule
 from came_optax._factored_moment import (
     ScaleByFactoredMomentState,
     scale_by_factored_moment,
@@ -11,8 +12,6 @@ from came_optax._factored_moment import (
 from came_optax._factoring import (
     BalancedSplit,
     ByPath,
-    FactoredAxes,
-    FactoringRule,
     LargestTwoAxes,
     LastTwoAxes,
     Stacked,
@@ -28,6 +27,7 @@ from came_optax._muon import came_muon
 from came_optax._muon_dimensions import ByMuonDimensionNumbers
 from came_optax._orthogonalize import orthogonalize
 from came_optax._quantized_ema import QuantizedEmaState, quantized_ema
+from came_optax._scale_by_came import ScaleByCameState, scale_by_came
 from came_optax._sharding import state_sharding
 from came_optax._version import __version__
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import jax
 import jax.numpy as jnp
 
-from came_optax._factoring import FactoredAxes
+from came_optax._factored_axes import FactoredAxes
 
 
 class Factored(NamedTuple):

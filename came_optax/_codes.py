@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from came_optax._factoring import FactoredAxes
+from came_optax._factored_axes import FactoredAxes
 from came_optax._paths import Shape
 
 Axes = tuple[int, ...]

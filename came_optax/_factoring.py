@@ -4,69 +4,24 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
+from came_optax._factored_axes import (
+    FactoredAxes,
+    FactoringRule,
+    check_rule,
+    checked_axes,
+    is_int,
+)
 from came_optax._paths import KeyPath, Shape, path_name
-
-
-@dataclasses.dataclass(frozen=True)
-class FactoredAxes:
-    """How one leaf is read as a matrix, or a batch of matrices.
-
-    The row statistic is the mean over the ``col`` axes, the column statistic the
-    mean over the ``row`` axes. Axes named nowhere are batch axes: they have their own
-    statistics but share the leaf's RMS clip, as published.
-
-    Attributes:
-      row: axes that together index the rows.
-      col: axes that together index the columns. ``row`` and ``col`` both empty means
-        that the leaf is not factored.
-      stack: axes that hold independent parameters, such as the layers stacked by
-        ``nn.scan``: the RMS clip applies to each slice on its own.
-    """
-
-    row: tuple[int, ...] = ()
-    col: tuple[int, ...] = ()
-    stack: tuple[int, ...] = ()
-
-    @property
-    def factored(self) -> bool:
-        """Whether the leaf has row and column statistics."""
-        return bool(self.row)
-
-
-@runtime_checkable
-class FactoringRule(Protocol):
-    """What a factoring rule must offer.
-
-    Write your own as a non-callable frozen dataclass (``optax.inject_hyperparams``
-    takes anything callable for a schedule).
-    """
-
-    def axes(self, path: KeyPath, shape: Shape) -> FactoredAxes | None:
-        """Returns the axes to factor.
-
-        Args:
-          path: the leaf's key path, as given by ``jax.tree_util``.
-          shape: the leaf's shape.
-
-        Returns:
-          The factored axes, or None to keep the full second moment.
-        """
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _set_min_dim_size(rule: Any) -> None:
     """Makes a plain int of a rule's ``min_dim_size``, or raises."""
     size = rule.min_dim_size
-    if not _is_int(size) or size < 1:
+    if not is_int(size) or size < 1:
         raise ValueError(
             f"{type(rule).__name__}(min_dim_size=...) must be an int >= 1, got {size!r}"
         )
@@ -206,7 +161,7 @@ class Stacked:
         axis: int = 0,
         where: str = "",
     ) -> None:
-        if not _is_int(axis):
+        if not is_int(axis):
             raise TypeError(f"Stacked(axis=...) must be an int, got {axis!r}")
         check_regex(where, "Stacked(where=...)")
         check_rule(rule, "Stacked(rule=...)")
@@ -298,7 +253,7 @@ class ByPath:
 def _plain(axes: FactoredAxes, name: str) -> FactoredAxes:
     """Returns the same axes in tuples of ints, which have a hash and a short repr."""
     fields = (axes.row, axes.col, axes.stack)
-    if not all(isinstance(some, tuple) and all(map(_is_int, some)) for some in fields):
+    if not all(isinstance(some, tuple) and all(map(is_int, some)) for some in fields):
         raise TypeError(
             f"{name}: row, col and stack must be tuples of ints, got {axes}"
         )
@@ -313,51 +268,3 @@ def check_regex(pattern: Any, name: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise ValueError(f"{must_be}: {error}") from error
-
-
-def checked_axes(
-    axes: FactoredAxes | None, path: KeyPath, shape: Shape
-) -> FactoredAxes:
-    """Returns a rule's answer, axes counted from 0, or says what is wrong with it."""
-    if axes is None:
-        return FactoredAxes()
-    answer = f"factoring gave {axes!r} for leaf {path_name(path)!r} of shape {shape}"
-    if not isinstance(axes, FactoredAxes):
-        raise TypeError(f"{answer}; allowed are FactoredAxes and None")
-    ndim = len(shape)
-    if not all(isinstance(some, tuple) for some in (axes.row, axes.col, axes.stack)):
-        raise TypeError(f"{answer}; row, col and stack must be tuples of axes")
-    named = (*axes.row, *axes.col, *axes.stack)
-    if not all(_is_int(axis) and -ndim <= axis < ndim for axis in named):
-        allowed = f"axes from {-ndim} to {ndim - 1}" if ndim else "no axes"
-        raise ValueError(f"{answer}; allowed are {allowed}")
-    if len({axis % ndim for axis in named}) < len(named):
-        raise ValueError(f"{answer}; an axis may be named only once")
-    if bool(axes.row) != bool(axes.col):
-        raise ValueError(f"{answer}; name both row and col axes, or neither")
-
-    def from_zero(axes: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(int(axis) % ndim for axis in axes)
-
-    return FactoredAxes(from_zero(axes.row), from_zero(axes.col), from_zero(axes.stack))
-
-
-def check_rule(rule: Any, name: str = "factoring") -> None:
-    """Raises unless ``rule`` is a factoring rule, and no class of them."""
-    if isinstance(rule, type) or not isinstance(rule, FactoringRule):
-        raise TypeError(
-            f"{name} must be an object with a method axes(path, shape), such as "
-            f"LastTwoAxes(), got {rule!r}"
-        )
-
-
-def factored_axes(rule: FactoringRule, tree: Any) -> Any:
-    """Returns the tree of :class:`FactoredAxes` that ``rule`` gives for ``tree``."""
-
-    def leaf_axes(path: KeyPath, leaf: Any) -> FactoredAxes:
-        shape = jnp.shape(leaf)
-        if math.prod(shape) == 0:  # There is nothing to take a mean of.
-            return FactoredAxes()
-        return checked_axes(rule.axes(path, shape), path, shape)
-
-    return jax.tree.map_with_path(leaf_axes, tree)

@@ -11,7 +11,7 @@ from came_optax import _momentum as momentum
 from came_optax import _schedules as schedules
 from came_optax._algorithm import Factored, Hyperparameters
 from came_optax._arrays import check_array, kept_shape, zeros
-from came_optax._factoring import FactoredAxes
+from came_optax._factored_axes import FactoredAxes
 from came_optax._momentum import Stored
 from came_optax._paths import KeyPath
 

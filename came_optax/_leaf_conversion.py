@@ -11,15 +11,15 @@ from jax.tree_util import GetAttrKey
 from came_optax import _momentum as momentum
 from came_optax._alignment import Part, Viewer
 from came_optax._arrays import real_dtype, wide_dtype
-from came_optax._came import ScaleByCameState
 from came_optax._carrying import cast
 from came_optax._codes import Codes
 from came_optax._confidence import ScaleByConfidenceState
+from came_optax._factored_axes import FactoredAxes
 from came_optax._factored_moment import ScaleByFactoredMomentState
-from came_optax._factoring import FactoredAxes
 from came_optax._kept_axes import lost_axes
 from came_optax._paths import KeyPath, Shape
 from came_optax._quantized_ema import QuantizedEmaState
+from came_optax._scale_by_came import ScaleByCameState
 
 _LONG_AGO = 10**7  # Updates, after which no average is corrected for its start.
 

@@ -1,11 +1,4 @@
-"""Weights in bfloat16 or float16, and in the state what float32 has more.
-
-A weight is a sign and a magnitude of 31 bits, whose upper 15 are the parameter's and
-whose lower 16 or 8 are the remainder: in bfloat16 float32's own bits, in float16 as if
-its significand had more of them. All of it is done in integers: sums would flush
-subnormal numbers to 0, and the parameter is not the weight rounded to even, as then two
-weights half way between parameters would have the same remainder.
-"""
+"""Weights in bfloat16 or float16, and in the state what float32 has more."""
 
 from __future__ import annotations
 
@@ -22,11 +15,15 @@ from came_optax import _boxes as boxes
 from came_optax._arrays import check_array
 from came_optax._checks import check_same_leaves, check_state
 from came_optax._paths import KeyPath, path_name
-
-_REMAINDER: dict[int, Any] = {16: jnp.int8, 24: jnp.int8, 32: jnp.int16}
-_NAN = np.uint32(0x7FC00000)  # Its upper half is NaN in both dtypes.
-_DOWN = np.uint32(0)  # The threshold with which magnitudes are rounded down.
-_GOLDEN_RATIO = np.uint32(0x9E3779B9)  # Its multiples over 2³² are spread evenly.
+from came_optax._weight_bits import (
+    DOWN,
+    REMAINDER,
+    is_narrow,
+    join,
+    split,
+    thresholds,
+    upcast,
+)
 
 
 class MasterWeightsState(NamedTuple):
@@ -128,12 +125,13 @@ def with_master_weights(
         def init_remainder(arrays: optax.Params) -> _Remainder:
             return _Remainder(
                 jax.tree.map(
-                    lambda p: _split(_upcast(p, p), p.dtype, bits, _DOWN)[1], arrays
+                    lambda p: split(upcast(p, p), p.dtype, bits, DOWN)[1],
+                    arrays,
                 )
             )
 
         remainder = boxes.box_state(params, init_remainder).remainder
-        inner_state = tx.init(jax.tree.map(_upcast, params, params))
+        inner_state = tx.init(jax.tree.map(upcast, params, params))
         return MasterWeightsState(jnp.zeros([], jnp.int32), remainder, inner_state)
 
     def update_fn(
@@ -151,8 +149,8 @@ def with_master_weights(
         check_same_leaves("params", params, "updates", updates)
         arrays, remainder = boxes.unbox(params), boxes.unbox(state.remainder)
         jax.tree.map_with_path(functools.partial(_check, bits), arrays, remainder)
-        weights = jax.tree.map(_join, arrays, remainder)
-        gradients = jax.tree.map(_upcast, boxes.unbox(updates), arrays)
+        weights = jax.tree.map(join, arrays, remainder)
+        gradients = jax.tree.map(upcast, boxes.unbox(updates), arrays)
         steps, inner_state = tx.update(
             boxes.box_like(updates, gradients),
             state.inner_state,
@@ -191,7 +189,7 @@ def master_weights(params: optax.Params, state: optax.OptState) -> optax.Params:
     if remainder is None:
         raise KeyError("there is no state of with_master_weights in the state")
     arrays = boxes.unbox(params)
-    weights = jax.tree.map(_join, arrays, boxes.unbox(remainder))
+    weights = jax.tree.map(join, arrays, boxes.unbox(remainder))
     whole: optax.Params = boxes.box_like(params, weights)
     return whole
 
@@ -233,11 +231,11 @@ def split_weights(
         raise ValueError(f"dtype must be bfloat16 or float16, got {dtype!r}")
     leaves = jax.tree.leaves(weights)
     half_a_unit = np.uint32(2 ** (32 - bits) // 2)
-    split = [
-        _split(w, dtype if w.dtype == jnp.float32 else w.dtype, bits, half_a_unit)
+    halves = [
+        split(w, dtype if w.dtype == jnp.float32 else w.dtype, bits, half_a_unit)
         for w in leaves
     ]
-    params, remainder = ([leaf[i] for leaf in split] for i in (0, 1))
+    params, remainder = ([leaf[i] for leaf in halves] for i in (0, 1))
     boxed = boxes.box_state(
         weights, lambda arrays: _Remainder(boxes.box_like(arrays, remainder))
     )
@@ -245,143 +243,36 @@ def split_weights(
 
 
 def _check_bits(bits: Any) -> None:
-    if bits not in _REMAINDER:
+    if bits not in REMAINDER:
         raise ValueError(f"bits must be 16, 24 or 32, got {bits!r}")
-
-
-def _is_narrow(p: Any) -> bool:
-    return p.dtype in (jnp.bfloat16, jnp.float16)
-
-
-def _upcast(x: Any, p: Any) -> Any:
-    """Returns what belongs to a parameter in the dtype of its weight."""
-    return x.astype(jnp.float32) if _is_narrow(p) else x
 
 
 def _check(bits: int, path: KeyPath, p: Any, remainder: Any) -> None:
     """Raises unless a remainder is as ``init`` makes it for a parameter."""
-    if not _is_narrow(p) and remainder.shape == p.shape != (1,):
+    if not is_narrow(p) and remainder.shape == p.shape != (1,):
         raise TypeError(
             f"leaf {path_name(path)!r} of the params has dtype {p.dtype}, but there is "
             "a remainder of it: apply updates with optax.apply_updates, which casts "
             "sums to the parameters' dtype"
         )
-    shape = p.shape if _is_narrow(p) and bits > 16 else (1,)
+    shape = p.shape if is_narrow(p) and bits > 16 else (1,)
     why = f"bits={bits}"
-    check_array("remainder", path, remainder, shape, _REMAINDER[bits], p, why)
+    check_array("remainder", path, remainder, shape, REMAINDER[bits], p, why)
 
 
 def _step(
     bits: int, count: jax.Array, p: Any, weight: jax.Array, step: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the change of a parameter, and its new remainder."""
-    if not _is_narrow(p):
-        return step, jnp.zeros((1,), _REMAINDER[bits])
-    new, remainder = _split(
+    if not is_narrow(p):
+        return step, jnp.zeros((1,), REMAINDER[bits])
+    new, remainder = split(
         weight + step.astype(jnp.float32),
         p.dtype,
         bits,
-        _threshold(weight, bits, count),
+        thresholds(weight, bits, count),
     )
     change = new.astype(jnp.float32) - p.astype(jnp.float32)
     largest = jnp.finfo(jnp.float32).max
     change = jnp.where(jnp.isfinite(new), jnp.clip(change, -largest, largest), change)
     return jnp.where(new == p, 0, change), remainder  # Infinity stays infinity.
-
-
-def _threshold(weight: jax.Array, bits: int, count: jax.Array) -> jax.Array:
-    """Returns what is added to each magnitude before it is cut to so many bits.
-
-    It is spread evenly over the steps, from another start in each element.
-    """
-    if bits == 32:
-        return jnp.asarray(_DOWN)
-    place = jnp.uint32(0)
-    for axis, size in enumerate(weight.shape):
-        place = place * np.uint32(size) + jax.lax.broadcasted_iota(
-            jnp.uint32, weight.shape, axis, out_sharding=jax.typeof(weight).sharding
-        )
-    # Mixed as in MurmurHash3.
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        place = (place ^ (place >> shift)) * np.uint32(factor)
-    place = place ^ (place >> 16)
-    turn: jax.Array = place + count.astype(jnp.uint32) * _GOLDEN_RATIO
-    return turn >> bits
-
-
-def _split(
-    weight: jax.Array, dtype: Any, bits: int, threshold: Any
-) -> tuple[jax.Array, jax.Array]:
-    """Returns a parameter and what it lacks of a weight.
-
-    Args:
-      weight: float32, if ``dtype`` is narrower.
-      dtype: the parameter's.
-      bits: of both together.
-      threshold: uint32, what is added to a magnitude before it is cut to ``bits``.
-    """
-    empty = jnp.zeros((1,), _REMAINDER[bits])
-    if weight.dtype == dtype:
-        return weight, empty
-    magnitude = _magnitude(weight, dtype)
-    cut = (magnitude + threshold) & np.uint32(2**32 - 2 ** (32 - bits))
-    magnitude = jnp.where(jnp.isfinite(weight), cut, magnitude)
-    upper = (magnitude + np.uint32(0x8000)) >> 16
-    negative = jnp.signbit(weight)
-    sign = negative.astype(jnp.uint32) << 15
-    p = jax.lax.bitcast_convert_type((upper | sign).astype(jnp.uint16), dtype)
-    if bits == 16:
-        return p, empty
-    lower = jax.lax.bitcast_convert_type(magnitude - (upper << 16), jnp.int32)
-    lower = lower >> (32 - bits)
-    # No update leads from 1 to −0: beside 0 the remainder has the sign.
-    lower = jnp.where((upper == 0) & negative, ~lower, lower)
-    return p, lower.astype(_REMAINDER[bits])
-
-
-def _join(p: Any, remainder: jax.Array) -> jax.Array:
-    """Returns the weight that was split."""
-    weight: jax.Array = _upcast(p, p)
-    if not _is_narrow(p) or remainder.shape != p.shape:
-        return weight
-    lower = remainder.astype(jnp.int32)
-    upper = jax.lax.bitcast_convert_type(p, jnp.uint16).astype(jnp.uint32)
-    negative, upper = upper >> 15 == 1, upper & np.uint32(0x7FFF)
-    negative = jnp.where(upper == 0, lower < 0, negative)
-    lower = jnp.where((upper == 0) & negative, ~lower, lower)
-    lower = lower << (16 - 8 * remainder.dtype.itemsize)
-    magnitude = (upper << 16) + jax.lax.bitcast_convert_type(lower, jnp.uint32)
-    sign = negative.astype(jnp.uint32) << 31
-    joined = jax.lax.bitcast_convert_type(
-        _float32_bits(magnitude, p.dtype) | sign, jnp.float32
-    )
-    finite = jnp.isfinite(p) | (~jnp.isnan(p) & (remainder < 0))
-    return jnp.where(finite, joined, weight)
-
-
-def _magnitude(weight: jax.Array, dtype: Any) -> jax.Array:
-    """Returns 31 bits of float32 numbers, the upper 15 as in ``dtype``."""
-    magnitude = jax.lax.bitcast_convert_type(weight, jnp.uint32)
-    magnitude = magnitude & np.uint32(0x7FFFFFFF)
-    if dtype == jnp.float16:
-        size = jnp.abs(weight)
-        subnormal = jnp.round(jnp.minimum(size, 2.0**-14) * 2.0**40)
-        normal = (magnitude << 3) - np.uint32((112 << 26) % 2**32)  # Exponents' bias.
-        magnitude = jnp.where(
-            size < 2.0**-14,
-            subnormal.astype(jnp.uint32),
-            jnp.where(size < 2.0**16, normal, np.uint32(0x7C000000)),
-        )
-    result: jax.Array = jnp.where(jnp.isnan(weight), _NAN, magnitude)
-    return result
-
-
-def _float32_bits(magnitude: jax.Array, dtype: Any) -> jax.Array:
-    """Returns the bits of float32 numbers of which :func:`_magnitude` is given."""
-    if dtype == jnp.bfloat16:
-        return magnitude
-    subnormal = magnitude.astype(jnp.float32) * 2.0**-40
-    of_subnormal = jax.lax.bitcast_convert_type(subnormal, jnp.uint32)
-    normal = (magnitude >> 3) + np.uint32(112 << 23)
-    bits: jax.Array = jnp.where(magnitude < 2**26, of_subnormal, normal)
-    return bits

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from came_optax import _codes
 from came_optax._arrays import check_array, kept_shape, real_dtype, wide_dtype, zeros
 from came_optax._codes import Codes
-from came_optax._factoring import FactoredAxes
+from came_optax._factored_axes import FactoredAxes
 from came_optax._paths import KeyPath, path_name
 
 MuDtype: TypeAlias = (

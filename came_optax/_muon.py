@@ -13,19 +13,16 @@ from jax.typing import ArrayLike, DTypeLike
 
 from came_optax._algorithm import Hyperparameters
 from came_optax._boxes import unbox
-from came_optax._came import add_decayed_weights, came_transform, steady_came
+from came_optax._came import steady_came
 from came_optax._checks import check_mask, check_scalar
-from came_optax._factoring import (
-    BalancedSplit,
-    FactoredAxes,
-    FactoringRule,
-    check_regex,
-    checked_axes,
-)
+from came_optax._factored_axes import FactoredAxes, FactoringRule, checked_axes
+from came_optax._factoring import BalancedSplit, check_regex
 from came_optax._momentum import MuDtype
 from came_optax._orthogonalize import orthogonalize
 from came_optax._paths import KeyPath, path_name
+from came_optax._scale_by_came import came_transform
 from came_optax._transformation import transformation
+from came_optax._weight_decay import add_decayed_weights
 
 # What Flax, Haiku, Equinox, MaxText, Levanter and Hugging Face call embeddings,
 # positions, heads, and the vectors of norms and biases.

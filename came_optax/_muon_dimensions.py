@@ -9,7 +9,7 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-from came_optax._factoring import FactoredAxes
+from came_optax._factored_axes import FactoredAxes
 from came_optax._paths import KeyPath, Shape, path_name
 
 

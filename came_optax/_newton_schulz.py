@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from came_optax._arrays import wide_dtype
-from came_optax._factoring import FactoredAxes
+from came_optax._factored_axes import FactoredAxes
 
 Coefficients: TypeAlias = Sequence[tuple[float, float, float]]
 Names: TypeAlias = tuple[str, ...]  # Of mesh axes.

@@ -17,13 +17,13 @@ from jax.typing import ArrayLike, DTypeLike
 from came_optax._arrays import wide_dtype
 from came_optax._boxes import box_like, unbox
 from came_optax._checks import check_inexact, check_threshold
-from came_optax._factoring import (
-    BalancedSplit,
+from came_optax._factored_axes import (
     FactoredAxes,
     FactoringRule,
     check_rule,
     checked_axes,
 )
+from came_optax._factoring import BalancedSplit
 from came_optax._newton_schulz import (
     Coefficients,
     polar_factors,

@@ -9,7 +9,8 @@ from jax.typing import ArrayLike
 
 from came_optax._algorithm import Hyperparameters
 from came_optax._checks import check_decay, check_flag
-from came_optax._factoring import FactoringRule, LastTwoAxes
+from came_optax._factored_axes import FactoringRule
+from came_optax._factoring import LastTwoAxes
 from came_optax._momentum import MuDtype, dtype_name
 from came_optax._transformation import LeafTransform, transformation
 

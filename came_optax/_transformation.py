@@ -22,7 +22,7 @@ from came_optax._checks import (
     check_same_leaves,
     check_state,
 )
-from came_optax._factoring import FactoringRule, check_rule, factored_axes
+from came_optax._factored_axes import FactoringRule, check_rule, factored_axes
 
 Tree: TypeAlias = Any  # Of arrays, or of codes.
 State: TypeAlias = Any

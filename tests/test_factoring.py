@@ -21,7 +21,7 @@ from came_optax import (
     scale_by_confidence,
     scale_by_factored_moment,
 )
-from came_optax._factoring import factored_axes
+from came_optax._factored_axes import factored_axes
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from came_optax import BalancedSplit, FactoredAxes, LargestTwoAxes, LastTwoAxes, came
-from came_optax._factoring import factored_axes
+from came_optax._factored_axes import factored_axes
 
 SHAPES = [(3, 2), (), (2, 3, 2), (5,), (2, 1, 3, 2), (1, 1), (1,), (0,), (0, 4)]
 SHAPES += [(2, 2, 1, 3, 2), (64, 64)]  # the last is large enough to be quantized

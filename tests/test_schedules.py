@@ -27,7 +27,7 @@ from came_optax import (
 from came_optax import _algorithm as algorithm
 from came_optax import _schedules as schedules
 from came_optax._codes import Codes, decode
-from came_optax._factoring import factored_axes
+from came_optax._factored_axes import factored_axes
 from came_optax._schedules import cpu, gpu, tpu
 
 SCHEDULES = {"cpu": cpu.CPU, "gpu": gpu.GPU, "tpu": tpu.TPU}

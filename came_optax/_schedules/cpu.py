@@ -18,7 +18,7 @@ from jax import Array
 from came_optax import _algorithm as algorithm
 from came_optax._algorithm import Factored, Hyperparameters, Statistic
 from came_optax._codes import Codes
-from came_optax._factoring import FactoredAxes
+from came_optax._factored_axes import FactoredAxes
 from came_optax._momentum import Lazy, Storage, Stored
 from came_optax._schedules import plain
 from came_optax._schedules.plain import Schedule

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from came_optax._algorithm import Factored, Hyperparameters, Statistic
-from came_optax._factoring import FactoredAxes
+from came_optax._factored_axes import FactoredAxes
 from came_optax._momentum import Lazy
 from came_optax._schedules import plain
 from came_optax._schedules.plain import Schedule

@@ -21,7 +21,7 @@ from came_optax import (
     state_sharding,
     with_master_weights,
 )
-from came_optax._factoring import factored_axes
+from came_optax._factored_axes import factored_axes
 
 PARAMS = {
     "attention": jax.ShapeDtypeStruct((16, 4, 24), jnp.float32),

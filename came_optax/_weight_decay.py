@@ -1,0 +1,58 @@
+"""Weight decay of updates that are wider than the parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from came_optax._boxes import unbox
+from came_optax._checks import (
+    check_mask,
+)
+
+
+def add_decayed_weights(
+    weight_decay: Any, mask: Any
+) -> optax.GradientTransformationExtraArgs:
+    """``optax.add_decayed_weights`` of updates wider than the parameters.
+
+    The mask, or what it returns for the parameters, is checked.
+    """
+
+    def masks(params: optax.Params) -> Any:
+        # A module is a tree of bools, even if it can be called.
+        is_function = callable(mask) and all(map(callable, jax.tree.leaves(mask)))
+        tree = mask(params) if is_function else mask
+        check_mask("weight_decay_mask", tree, params)
+        return jax.tree.broadcast(unbox(tree), unbox(params))
+
+    def init_fn(params: optax.Params) -> Any:
+        if mask is not None and jax.tree.leaves(params):
+            masks(params)
+        return optax.EmptyState()
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **_: Any
+    ) -> tuple[optax.Updates, Any]:
+        if not isinstance(weight_decay, jax.Array) and weight_decay == 0:
+            return updates, state
+        if params is None:
+            raise ValueError(
+                f"weight_decay={weight_decay!r} needs the parameters: call "
+                "update(grads, state, params); you are not passing `params`"
+            )
+
+        def decay(u: jax.Array, p: Any, decays: Any = True) -> jax.Array:
+            return (
+                u + jnp.asarray(weight_decay, u.dtype) * p.astype(u.dtype)
+                if decays
+                else u
+            )
+
+        given = () if mask is None else (masks(params),)
+        return jax.tree.map(decay, updates, unbox(params), *given), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
