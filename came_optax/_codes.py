@@ -63,12 +63,17 @@ def reductions(axes: FactoredAxes, ndim: int) -> tuple[Axes, Axes | None]:
     return free[-1:], free[-2:-1] or None
 
 
+def largest(x: jax.Array, over: Axes) -> jax.Array:
+    """Returns the largest magnitudes over some axes."""
+    return jnp.max(jnp.abs(x), over)
+
+
 def encode(
     x: Callable[[], jax.Array],
     axes: FactoredAxes,
     bits: int,
     count: jax.Array,
-    largest: Callable[[jax.Array, Axes], jax.Array],
+    largest: Callable[[jax.Array, Axes], jax.Array] = largest,
 ) -> Codes:
     """Returns codes of x, rounded up or down by turns: on average they are x.
 
@@ -114,11 +119,6 @@ def decode(codes: Codes, like: jax.Array, axes: FactoredAxes) -> jax.Array:
     y = values.astype(scale.dtype) / _TOP[codes.bits]
     x: jax.Array = y * (1 + jnp.abs(y)) * (scale / 2)
     return x
-
-
-def largest(x: jax.Array, over: Axes) -> jax.Array:
-    """Returns the largest magnitudes over some axes."""
-    return jnp.max(jnp.abs(x), over)
 
 
 def _inverse(scale: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ from came_optax import _momentum as momentum
 from came_optax import _schedules as schedules
 from came_optax._algorithm import Factored, Hyperparameters
 from came_optax._arrays import check_array, kept_shape, zeros
+from came_optax._codes import Codes
 from came_optax._factored_axes import FactoredAxes
 from came_optax._momentum import Stored
 from came_optax._paths import KeyPath
@@ -81,7 +82,7 @@ def update(
 ) -> tuple[jax.Array, Leaf]:
     """Returns one leaf's update, in the dtype of the arithmetic, and its new arrays.
 
-    ``after`` is what :func:`came_optax._momentum.known` says of the leaf before.
+    ``after`` is what :func:`known` says of the leaf before.
     """
     new: tuple[jax.Array, Leaf] = _update(
         jnp.asarray(g).astype(_upcast_dtype(g, dtype)),
@@ -94,6 +95,19 @@ def update(
         by_platform=tuple(schedules.BY_PLATFORM.items()),
     )
     return new
+
+
+def known(leaf: Leaf, before: jax.Array) -> jax.Array:
+    """Returns a number ≥ 0, shape (), that is known once the momentum can be stored.
+
+    Or else ``before``: of momentum that is stored as it is computed.
+    """
+    mu, last = leaf.mu, None
+    if isinstance(mu, Codes):
+        last = mu.row_scale
+    elif mu is not None and mu.dtype == jnp.bfloat16:
+        last = leaf.s_row
+    return before if last is None else jnp.mean(last.astype(before.dtype))
 
 
 def hyperparameters(h: Hyperparameters, dtype: Any) -> Hyperparameters:

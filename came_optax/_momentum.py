@@ -121,13 +121,17 @@ class Storage(NamedTuple):
       like: the leaf, in the dtype of the step's arithmetic.
       axes: the leaf's axes.
       step: number of updates with this one; shape (), int32.
-      after: what :func:`known` says of the leaf before.
+      after: what :func:`came_optax._leaf.known` says of the leaf before.
     """
 
     like: jax.Array
     axes: FactoredAxes
     step: jax.Array
     after: jax.Array | None = None
+
+    def in_place(self, stored: Stored) -> bool:
+        """Returns whether momentum is stored as it is computed."""
+        return not isinstance(stored, Codes) and stored.dtype == self.like.dtype
 
     def load(self, stored: Stored) -> jax.Array:
         """Returns stored momentum in the dtype of the step's arithmetic."""
@@ -145,16 +149,9 @@ class Storage(NamedTuple):
         if isinstance(old, Codes):
             return _codes.encode(new, self.axes, old.bits, self.step, largest), new
         momentum = new()
-        if momentum.dtype != old.dtype:
+        if not self.in_place(old):
             return momentum.astype(old.dtype), new
         return momentum, lambda: momentum
-
-
-def known(stored: Any, before: jax.Array) -> jax.Array:
-    """Returns a number ≥ 0, shape (), that is known once codes are, or ``before``."""
-    if not isinstance(stored, Codes):
-        return before
-    return jnp.mean(stored.row_scale.astype(before.dtype))
 
 
 def _array_dtype(p: Any, mu_dtype: str) -> Any:

@@ -172,7 +172,7 @@ def _update(
                 dtype,
                 after,
             )
-            after = momentum.known(new.mu, after)
+            after = leaf.known(new, after)
         new_updates.append(u)
         leaves.append(new)
     return (

@@ -17,7 +17,6 @@ from jax import Array
 
 from came_optax import _algorithm as algorithm
 from came_optax._algorithm import Factored, Hyperparameters, Statistic
-from came_optax._codes import Codes
 from came_optax._factored_axes import FactoredAxes
 from came_optax._momentum import Lazy, Storage, Stored
 from came_optax._schedules import plain
@@ -59,10 +58,11 @@ def confide(
     if s is None:
         return plain.confide(u, mu, s, h, axes, t, storage)
 
-    if isinstance(mu, Codes) and storage.after is not None:
-        # Not decoded while the leaf before is being encoded.
-        mu = mu._replace(row_scale=when_known(mu.row_scale, storage.after))
-    change = u() - storage.load(mu)  # u − m, for the new m, is b1 times this.
+    old_m = storage.load(mu)
+    if not storage.in_place(mu) and storage.after is not None:
+        # The change needs a place: that of the leaf before, which has to be done.
+        old_m = when_known(old_m, storage.after)
+    change = u() - old_m  # u − m, for the new m, is b1 times this.
     new = mean_square(anew(lambda x: x, change), h.eps2, axes, h.b1)
     s = algorithm.average(s, new, h.b3)
     # The new momentum takes the place of the change, which has to be read before.
