@@ -74,10 +74,6 @@ newest: ## Test the library on the newest releases of everything; PYTHON=python3
 docs: $(stamp)-docs ## Build the documentation into docs/_build/html
 	$(python) -m sphinx -W --keep-going -b html docs docs/_build/html
 
-.PHONY: bench
-bench: $(stamp)-examples $(stamp)-tpu ## Run every benchmark; results go to benchmarks/results
-	for script in benchmarks/*.py; do $(python) $$script || exit 1; done
-
 .PHONY: accelerator
 accelerator: $(stamp)-examples ## Measure on a GPU or TPU; JAX=cuda12 or JAX=tpu installs JAX for it first
 	$(if $(JAX),$(python) -m pip install --quiet --constraint $(CONSTRAINTS) "jax[$(JAX)]")
