@@ -1,7 +1,7 @@
 """CAME (Luo et al., 2023), Algorithm 2, for one leaf.
 
 g is the gradient, u the update, m the momentum, v the second moment, s the instability
-and t the number of steps with this one, or None for no bias correction. Statistics are
+and ``seen`` what averages have seen, or None for no bias correction. Statistics are
 means of squares: of rows and of columns, or the square itself where a leaf isn't
 factored; such a leaf has no instability (None). Nothing here knows of trees, of storage
 or of compilers.
@@ -47,16 +47,40 @@ class Hyperparameters:
     nesterov: bool = False
 
 
+class Seen(NamedTuple):
+    """The weight 1 − βᵗ of what averages that began at zero have seen in t steps."""
+
+    b1: jax.Array
+    b1_ahead: jax.Array  # One step later.
+    b2: jax.Array
+    b3: jax.Array
+
+
+def seen_after(t: jax.Array, h: Hyperparameters) -> Seen:
+    """Returns what averages have seen after t steps."""
+
+    def weight(decay: jax.Array, t: jax.Array) -> jax.Array:
+        smallest = jnp.finfo(decay.dtype).eps  # Of a β whose 1 − β isn't 1.
+        return -jnp.expm1(t * jnp.log1p(jnp.maximum(decay, smallest) - 1))
+
+    return Seen(
+        weight(h.b1, t),
+        weight(h.b1, t + 1),
+        weight(h.b2, t),
+        jnp.where(h.b1 > 0, weight(h.b3, t), 1),  # Without momentum s isn't used.
+    )
+
+
 def normalize(
     g: jax.Array,
     v: Statistic,
     h: Hyperparameters,
     axes: FactoredAxes,
-    t: jax.Array | None = None,
+    seen: Seen | None = None,
 ) -> tuple[jax.Array, Statistic]:
     """First half: returns u = g / sqrt(v), clipped, and the new v."""
     v = average(v, mean_square(g, h.eps1, axes), h.b2)
-    return clip(whiten(g, v, h, axes, t), h.clip, axes), v
+    return clip(whiten(g, v, h, axes, seen), h.clip, axes), v
 
 
 def confide(
@@ -65,13 +89,13 @@ def confide(
     s: Factored | None,
     h: Hyperparameters,
     axes: FactoredAxes,
-    t: jax.Array | None = None,
+    seen: Seen | None = None,
 ) -> tuple[jax.Array, jax.Array, Factored | None]:
     """Second half: returns m / sqrt(s), the new m and the new s, of (u − m)²."""
     m = average(m, u, h.b1)
     if s is not None:
         s = average(s, mean_square(u - m, h.eps2, axes), h.b3)
-    return clip(trust(m, u, s, h, axes, t), h.update_clip, axes), m, s
+    return clip(trust(m, u, s, h, axes, seen), h.update_clip, axes), m, s
 
 
 def whiten(
@@ -79,11 +103,11 @@ def whiten(
     v: Statistic,
     h: Hyperparameters,
     axes: FactoredAxes,
-    t: jax.Array | None,
+    seen: Seen | None,
 ) -> jax.Array:
     """Returns g / sqrt(v), with v corrected for its start at zero."""
     u = divide_by_root(g, v, axes)
-    return u if t is None else u * jnp.sqrt(seen(h.b2, t))
+    return u if seen is None else u * jnp.sqrt(seen.b2)
 
 
 def trust(
@@ -92,22 +116,20 @@ def trust(
     s: Factored | None,
     h: Hyperparameters,
     axes: FactoredAxes,
-    t: jax.Array | None,
+    seen: Seen | None,
 ) -> jax.Array:
     """Returns m / sqrt(s), one step ahead if asked, both corrected for their start."""
     if h.nesterov:
-        ahead, now = (1.0, 1.0) if t is None else (seen(h.b1, t + 1), seen(h.b1, t))
+        ahead, now = (1.0, 1.0) if seen is None else (seen.b1_ahead, seen.b1)
         m = h.b1 / ahead * m + (1 - h.b1) / now * u
-    elif t is not None:
-        m = m / seen(h.b1, t)
+    elif seen is not None:
+        m = m / seen.b1
     if s is None:
         return m
     # Without momentum u − m is 0 and says nothing: then all are trusted alike.
     s = jax.tree.map(lambda x: jnp.where(h.b1 > 0, x, 1.0), s)
     delta = divide_by_root(m, s, axes)
-    return (
-        delta if t is None else delta * jnp.sqrt(jnp.where(h.b1 > 0, seen(h.b3, t), 1))
-    )
+    return delta if seen is None else delta * jnp.sqrt(seen.b3)
 
 
 def average(old: Arrays, new: Any, decay: jax.Array) -> Arrays:
@@ -168,9 +190,3 @@ def square(x: jax.Array) -> jax.Array:
 def bounded(x: jax.Array) -> jax.Array:
     """Saturates where a sum of x would overflow, so that no statistic is infinite."""
     return jnp.minimum(x, jnp.finfo(x.dtype).max / (2 * max(x.size, 1)))
-
-
-def seen(decay: jax.Array, t: jax.Array) -> jax.Array:
-    """Returns 1 − βᵗ: the weight of what an average that began at zero has seen."""
-    smallest = jnp.finfo(decay.dtype).eps  # Of a β whose 1 − β isn't 1.
-    return -jnp.expm1(t * jnp.log1p(jnp.maximum(decay, smallest) - 1))

@@ -9,7 +9,7 @@ import numpy as np
 
 from came_optax import _momentum as momentum
 from came_optax import _schedules as schedules
-from came_optax._algorithm import Factored, Hyperparameters
+from came_optax._algorithm import Factored, Hyperparameters, Seen
 from came_optax._arrays import check_array, kept_shape, zeros
 from came_optax._codes import Codes
 from came_optax._factored_axes import FactoredAxes
@@ -74,8 +74,8 @@ def update(
     g: Any,
     leaf: Leaf,
     h: Hyperparameters,
+    seen: Seen | None,
     count: jax.Array,
-    bias_correction: bool,
     axes: FactoredAxes,
     dtype: Any,
     after: jax.Array,
@@ -88,8 +88,8 @@ def update(
         jnp.asarray(g).astype(_upcast_dtype(g, dtype)),
         leaf,
         h,
+        seen,
         count,
-        count.astype(dtype) if bias_correction else None,
         after,
         axes=axes,
         by_platform=tuple(schedules.BY_PLATFORM.items()),
@@ -133,8 +133,8 @@ def _update(
     g: jax.Array,
     leaf: Leaf,
     h: Hyperparameters,
+    seen: Seen | None,
     count: jax.Array,
-    t: jax.Array | None,
     after: jax.Array,
     *,
     axes: FactoredAxes,
@@ -149,7 +149,7 @@ def _update(
     # Real numbers scale complex leaves.
     with jax.numpy_dtype_promotion("standard"):
         new: tuple[jax.Array, Leaf] = jax.lax.platform_dependent(
-            *(g, leaf, h, count, t, after), **branches, default=by(schedules.PLAIN)
+            *(g, leaf, h, seen, count, after), **branches, default=by(schedules.PLAIN)
         )
     return new
 
@@ -159,8 +159,8 @@ def _by_schedule(
     g: jax.Array,
     leaf: Leaf,
     h: Hyperparameters,
+    seen: Seen | None,
     count: jax.Array,
-    t: jax.Array | None,
     after: jax.Array,
     *,
     axes: FactoredAxes,
@@ -172,7 +172,7 @@ def _by_schedule(
 
     if leaf.v is not None:
         factored = _factored(leaf.v_row, leaf.v_col) if axes.factored else None
-        u, v = schedule.normalize(g, factored or leaf.v, h, axes, t)
+        u, v = schedule.normalize(g, factored or leaf.v, h, axes, seen)
         new = {"v_row": v.row, "v_col": v.col} if axes.factored else {"v": v}
         leaf = leaf._replace(**new)
     mu = leaf.mu
@@ -184,7 +184,7 @@ def _by_schedule(
         _factored(leaf.s_row, leaf.s_col) if axes.factored else None,
         h,
         axes,
-        t,
+        seen,
         momentum.Storage(g, axes, count, after),
     )
     leaf = leaf._replace(mu=new_mu)

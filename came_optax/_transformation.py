@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from came_optax import _algorithm as algorithm
 from came_optax import _boxes as boxes
 from came_optax import _leaf as leaf
 from came_optax import _momentum as momentum
@@ -151,9 +152,14 @@ def _update(
         check_same_leaves("updates", updates, "state", tree, momentum.is_codes)
     columns = [treedef.flatten_up_to(tree) for tree in trees.values()]
     count: jax.Array = jnp.asarray(optax.safe_increment(state.count))
-    hyperparameters = functools.cache(
-        functools.partial(leaf.hyperparameters, transform.hyperparameters)
-    )
+
+    @functools.cache
+    def numbers(dtype: Any) -> tuple[Hyperparameters, algorithm.Seen | None]:
+        h = leaf.hyperparameters(transform.hyperparameters, dtype)
+        corrected = transform.bias_correction
+        seen = algorithm.seen_after(count.astype(dtype), h) if corrected else None
+        return h, seen
+
     new_updates, leaves, after = [], [], jnp.zeros([], jnp.float32)
     for (path, g), leaf_axes, *arrays in zip(
         jax.tree.leaves_with_path(updates), axes, *columns, strict=True
@@ -165,9 +171,8 @@ def _update(
             u, new = leaf.update(
                 g,
                 old,
-                hyperparameters(dtype),
+                *numbers(dtype),
                 count,
-                transform.bias_correction,
                 leaf_axes,
                 dtype,
                 after,

@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 
 from came_optax import _algorithm as algorithm
-from came_optax._algorithm import Factored, Hyperparameters, Statistic
+from came_optax._algorithm import Factored, Hyperparameters, Seen, Statistic
 from came_optax._factored_axes import FactoredAxes
 from came_optax._momentum import Lazy, Storage, Stored
 from came_optax._schedules import plain
@@ -30,15 +30,15 @@ def normalize(
     v: Statistic,
     h: Hyperparameters,
     axes: FactoredAxes,
-    t: Array | None,
+    seen: Seen | None,
 ) -> tuple[Lazy, Statistic]:
     """See :class:`Schedule`."""
     if not isinstance(v, Factored):
-        return plain.normalize(g, v, h, axes, t)
+        return plain.normalize(g, v, h, axes, seen)
     v = algorithm.average(v, mean_square(anew(lambda g: g, g), h.eps1, axes), h.b2)
     of_row, of_col = algorithm.inverse_roots(v, axes)
-    if t is not None:
-        of_row = of_row * jnp.sqrt(algorithm.seen(h.b2, t))
+    if seen is not None:
+        of_row = of_row * jnp.sqrt(seen.b2)
     if h.clip is not None:
         u = anew(product, g, of_row, of_col)()
         of_row = of_row / algorithm.excess(u, h.clip, axes)
@@ -51,12 +51,12 @@ def confide(
     s: Factored | None,
     h: Hyperparameters,
     axes: FactoredAxes,
-    t: Array | None,
+    seen: Seen | None,
     storage: Storage,
 ) -> tuple[Array, Stored, Factored | None]:
     """See :class:`Schedule`."""
     if s is None:
-        return plain.confide(u, mu, s, h, axes, t, storage)
+        return plain.confide(u, mu, s, h, axes, seen, storage)
 
     old_m = storage.load(mu)
     if not storage.in_place(mu) and storage.after is not None:
@@ -70,7 +70,7 @@ def confide(
     one_u = u()
     new_m = jnp.where(jnp.isfinite(one_u), one_u - b1 * change, one_u)  # Not ∞ − ∞.
     new_mu, m = storage.store(lambda: new_m, mu, largest)
-    trust = functools.partial(algorithm.trust, axes=axes, t=t)
+    trust = functools.partial(algorithm.trust, axes=axes, seen=seen)
     delta = trust(m(), u(), s, h)
     if h.update_clip is not None:
         again = anew(trust, m(), u(), s, h)()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from came_optax import _algorithm as algorithm
-from came_optax._algorithm import Factored, Hyperparameters, Statistic
+from came_optax._algorithm import Factored, Hyperparameters, Seen, Statistic
 from came_optax._factored_axes import FactoredAxes
 from came_optax._momentum import Lazy
 from came_optax._schedules import plain
@@ -19,18 +19,18 @@ def normalize(
     v: Statistic,
     h: Hyperparameters,
     axes: FactoredAxes,
-    t: Array | None,
+    seen: Seen | None,
 ) -> tuple[Lazy, Statistic]:
     """See :class:`Schedule`."""
     if not isinstance(v, Factored) or h.clip is None:
-        return plain.normalize(g, v, h, axes, t)
+        return plain.normalize(g, v, h, axes, seen)
     new = algorithm.average(v, algorithm.mean_square(g, h.eps1, axes), h.b2)
     of_row, of_col = algorithm.inverse_roots(new, axes)
     mean_of_row = jnp.mean(algorithm.square(g * of_col), axes.col, keepdims=True)
     rms_of_row = jnp.sqrt(mean_of_row) * of_row
-    if t is not None:
-        rms_of_row = rms_of_row * jnp.sqrt(algorithm.seen(h.b2, t))
-    u = algorithm.whiten(g, new, h, axes, t)
+    if seen is not None:
+        rms_of_row = rms_of_row * jnp.sqrt(seen.b2)
+    u = algorithm.whiten(g, new, h, axes, seen)
     u = u / algorithm.excess(rms_of_row, h.clip, axes)
     return lambda: u, new
 

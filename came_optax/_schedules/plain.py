@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from jax import Array
 
 from came_optax import _algorithm as algorithm
-from came_optax._algorithm import Factored, Hyperparameters, Statistic
+from came_optax._algorithm import Factored, Hyperparameters, Seen, Statistic
 from came_optax._factored_axes import FactoredAxes
 from came_optax._momentum import Lazy, Storage, Stored
 
@@ -16,10 +16,10 @@ def normalize(
     v: Statistic,
     h: Hyperparameters,
     axes: FactoredAxes,
-    t: Array | None,
+    seen: Seen | None,
 ) -> tuple[Lazy, Statistic]:
     """Returns what :func:`came_optax._algorithm.normalize` does, u when called."""
-    u, v = algorithm.normalize(g, v, h, axes, t)
+    u, v = algorithm.normalize(g, v, h, axes, seen)
     return lambda: u, v
 
 
@@ -29,11 +29,11 @@ def confide(
     s: Factored | None,
     h: Hyperparameters,
     axes: FactoredAxes,
-    t: Array | None,
+    seen: Seen | None,
     storage: Storage,
 ) -> tuple[Array, Stored, Factored | None]:
     """Returns what :func:`came_optax._algorithm.confide` does, with m stored as mu."""
-    delta, m, s = algorithm.confide(u(), storage.load(mu), s, h, axes, t)
+    delta, m, s = algorithm.confide(u(), storage.load(mu), s, h, axes, seen)
     new_mu, _ = storage.store(lambda: m, mu)
     return delta, new_mu, s
 
@@ -42,8 +42,8 @@ class Schedule(NamedTuple):
     """The algorithm's two halves.
 
     Attributes:
-      normalize: ``(g, v, h, axes, t) -> (u, v)``.
-      confide: ``(u, mu, s, h, axes, t, storage) -> (delta, mu, s)``.
+      normalize: ``(g, v, h, axes, seen) -> (u, v)``.
+      confide: ``(u, mu, s, h, axes, seen, storage) -> (delta, mu, s)``.
     """
 
     normalize: Callable[..., Any] = normalize

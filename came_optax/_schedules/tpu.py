@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from came_optax._algorithm import Factored, Hyperparameters, Statistic
+from came_optax._algorithm import Factored, Hyperparameters, Seen, Statistic
 from came_optax._factored_axes import FactoredAxes
 from came_optax._momentum import Lazy
 from came_optax._schedules import plain
@@ -22,14 +22,14 @@ def normalize(
     v: Statistic,
     h: Hyperparameters,
     axes: FactoredAxes,
-    t: Array | None,
+    seen: Seen | None,
 ) -> tuple[Lazy, Statistic]:
     """See :class:`Schedule`."""
     if isinstance(v, Factored) and g.nbytes <= _SMALL:
         # No row statistic is negative, but XLA can't know, and has to make the copy.
         row = jnp.expand_dims(v.row, axes.col)
         g = jax.lax.optimization_barrier(jnp.where(row < 0, jnp.sqrt(row), g))
-    return plain.normalize(g, v, h, axes, t)
+    return plain.normalize(g, v, h, axes, seen)
 
 
 TPU = Schedule(normalize=normalize)

@@ -315,11 +315,11 @@ def not_divided_by_the_mean(divide_by_root):
 
 
 def old_momentum_in_the_residual(confide):
-    def wrong(u, m, s, h, axes, t=None):
-        _, new, _ = confide(u, m, s, h, axes, t)
+    def wrong(u, m, s, h, axes, seen=None):
+        _, new, _ = confide(u, m, s, h, axes, seen)
         if s is not None:
             s = algorithm.average(s, algorithm.mean_square(u - m, h.eps2, axes), h.b3)
-        delta = algorithm.trust(new, u, s, h, axes, t)
+        delta = algorithm.trust(new, u, s, h, axes, seen)
         return algorithm.clip(delta, h.update_clip, axes), new, s
 
     return wrong
@@ -343,10 +343,10 @@ def with_hyperparameters(**changes):
 def eps_outside_the_average(normalize):
     del normalize
 
-    def wrong(g, v, h, axes, t=None):
+    def wrong(g, v, h, axes, seen=None):
         new = algorithm.mean_square(g, 0 * h.eps1, axes)
         v = jax.tree.map(lambda x: x + h.eps1, algorithm.average(v, new, h.b2))
-        u = algorithm.whiten(g, v, h, axes, t)
+        u = algorithm.whiten(g, v, h, axes, seen)
         return algorithm.clip(u, h.clip, axes), v
 
     return wrong
