@@ -22,7 +22,7 @@ from running import command_line
 from task import Count, Task, with_param_dtype
 from training import sharding
 from training.optimizers import OptimizerOptions, make_optimizer, make_schedule
-from training.step import StepOptions
+from training.step import StepOptions, params_sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,8 @@ def main() -> None:
     work = f"{batch_size} sequences of {task.tokens_per_record} tokens"
     where = f"on {target.name} ({axes})"
     print(f"{task.name}, {work}, {optimizer.optimizer}, {where}", flush=True)
-    tx = make_optimizer(optimizer, make_schedule(optimizer, 1000), step.param_dtype)
+    schedule, of_params = make_schedule(optimizer, 1000), params_sharding(task, mesh)
+    tx = make_optimizer(optimizer, schedule, step.param_dtype, of_params)
     report = ahead_of_time.compile_train_step(
         task, tx, target, mesh, batch_size=batch_size, accumulate=step.accumulate
     )

@@ -30,6 +30,7 @@ from training.step import (
     make_init,
     make_train_step,
     merge,
+    params_sharding,
     state_shapes,
 )
 
@@ -103,7 +104,12 @@ class Trainer:
         sharding.check_batch_size(training.batch_size, training.accumulate, self.mesh)
         pipeline.check_lengths(task)
         self.schedule = make_schedule(optimizer, training.steps)
-        self.tx = make_optimizer(optimizer, self.schedule, training.param_dtype)
+        self.tx = make_optimizer(
+            optimizer,
+            self.schedule,
+            training.param_dtype,
+            params_sharding(task, self.mesh),
+        )
         self.train_step = make_train_step(
             task, self.tx, training.accumulate, training.seed, self.mesh
         )

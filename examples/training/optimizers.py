@@ -86,11 +86,19 @@ def make_schedule(options: OptimizerOptions, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    options: OptimizerOptions, schedule: optax.Schedule, param_dtype: str = "float32"
+    options: OptimizerOptions,
+    schedule: optax.Schedule,
+    param_dtype: str = "float32",
+    params_sharding: Any = None,
 ) -> optax.GradientTransformation:
     """Gradient clipping, then the update rule chosen.
 
-    In bfloat16 the state has another byte of each parameter.
+    Args:
+        options: Which, and its settings.
+        schedule: The learning rate's.
+        param_dtype: The parameters'; in bfloat16 the state has another byte of each.
+        params_sharding: The parameters' on a mesh, on which came-muon orthogonalises
+            each matrix once.
 
     Raises:
         UserError: The update rule takes no such option.
@@ -107,6 +115,8 @@ def make_optimizer(
             if own.get("update_clipping_threshold") == 0:
                 own["update_clipping_threshold"] = None
             own |= {"weight_decay": decay, "weight_decay_mask": decay_mask}
+            if name == "came-muon":
+                own["params_sharding"] = params_sharding
             try:
                 update_rule = CAME[name](schedule, **own)
             except (TypeError, ValueError) as error:

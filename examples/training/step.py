@@ -64,13 +64,18 @@ def state_shardings(
     task: Task, tx: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
     """Returns the shardings of a training state, each in its place."""
-    model = _abstract_model(task)
-    params = nnx.state(model, nnx.Param)
-    of_params = sharding.param_shardings(
-        mesh, params, getattr(model, "tensor_axes", {})
+    of_params = params_sharding(task, mesh)
+    of_opt_state = state_sharding(
+        tx, nnx.state(_abstract_model(task), nnx.Param), of_params
     )
-    of_opt_state = state_sharding(tx, params, of_params)
     return TrainState(sharding.replicated(mesh), of_params, of_opt_state)
+
+
+def params_sharding(task: Task, mesh: Mesh) -> Params:
+    """Returns the shardings of the model's parameters."""
+    model = _abstract_model(task)
+    params, axes = nnx.state(model, nnx.Param), getattr(model, "tensor_axes", {})
+    return sharding.param_shardings(mesh, params, axes)
 
 
 def make_init(task: Task, tx: optax.GradientTransformation, mesh: Mesh) -> Init:

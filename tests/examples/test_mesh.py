@@ -13,10 +13,11 @@ from jax.sharding import PartitionSpec as P
 import tasks.bert
 import tasks.gpt2
 import tasks.t5
-from came_optax import came
+from came_optax import came, came_muon
+from compiling.collectives import collectives
 from models import bert, gpt2, t5
 from task import Task, UserError
-from training import sharding, step
+from training import optimizers, sharding, step
 
 BATCH_SIZE, LENGTH, VOCABULARY = 16, 8, 24
 
@@ -101,6 +102,38 @@ def test_losses_do_not_depend_on_the_mesh(task, sizes, accumulate):
     whole = [p.size for p in jax.tree.leaves(state.params)]
     # All matrices are in parts, but those of positions and segments on "tensor".
     assert sum(parts) < 0.5 * sum(whole)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param({"fsdp": 4, "tensor": 2}, marks=pytest.mark.slow),
+        pytest.param({"fsdp": 8}, marks=pytest.mark.nightly),
+    ],
+    ids=str,
+)
+def test_came_muon_orthogonalises_each_matrix_on_one_device(sizes, monkeypatch):
+    def run(sizes, devices, iterations):
+        few = functools.partial(came_muon, ns_coeffs=((3.4, -4.8, 2.0),) * iterations)
+        monkeypatch.setitem(optimizers.CAME, "came-muon", few)
+        mesh = sharding.make_mesh(sizes, devices)
+        tx = optimizers.make_optimizer(
+            optimizers.OptimizerOptions("came-muon", mu_dtype="float32"),
+            lambda count: 1e-3,
+            params_sharding=step.params_sharding(GPT2, mesh),
+        )
+        state = step.make_init(GPT2, tx, mesh)(0)
+        batch = sharding.put_batch(CASES["gpt2"][1], mesh)
+        train_step = step.make_train_step(GPT2, tx, 1, 0, mesh)
+        compiled = train_step.lower(state, batch).compile()
+        for _ in range(3):
+            state, metrics = compiled(state, batch)
+        found = collectives(compiled.as_text())
+        return float(metrics["loss"]), sum(c.times for c in found)
+
+    loss, times = run(sizes, jax.devices(), 1)
+    assert loss == pytest.approx(run({}, jax.devices()[:1], 1)[0], rel=1e-5)
+    assert times == run(sizes, jax.devices(), 2)[1]  # None is within the iteration.
 
 
 @pytest.mark.parametrize(
