@@ -32,7 +32,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from measuring import output
 from measuring.examples import devices, gpt2, make_gpt2_task, make_init, make_train_step
 from measuring.optimizers import OPTIMIZERS, OURS, Make, plain
@@ -42,8 +41,9 @@ from measuring.zoo import gpt2_shapes
 from came_optax import Stacked
 
 COMPARED: dict[str, Make] = {
-    name: OPTIMIZERS[name] for name in (*OURS, "AdamW", "Adafactor, momentum")
-} | {"Muon": functools.partial(optax.contrib.muon, 1e-3, weight_decay=0.1)}
+    name: OPTIMIZERS[name]
+    for name in (*OURS, "came_muon, int8", "AdamW", "Adafactor, momentum", "Muon")
+}
 IN_A_STEP = ("steady_came, float32", "steady_came, int8", BASELINE)
 ROUNDS, AT_ONCE = 20, 5  # Rounds whose median counts, of so many updates or steps.
 STEPS = 10  # Whose values are compared.

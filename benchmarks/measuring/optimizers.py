@@ -11,24 +11,57 @@ import jax.numpy as jnp
 import optax
 
 from came_optax import _schedules as schedules
-from came_optax import came, steady_came
+from came_optax import came, came_muon, steady_came
 
 Make = Callable[..., optax.GradientTransformation]
 
+
+def _numbers(params: Any) -> Any:
+    """Returns which leaves Muon takes: those that came_muon does."""
+    return jax.tree.map_with_path(
+        lambda path, p: (
+            optax.contrib.MuonDimensionNumbers()
+            if p.ndim == 2 and "embedding" not in jax.tree_util.keystr(path)
+            else None
+        ),
+        params,
+    )
+
+
 # Made when called: to compile for GPUs that aren't there, JAX has to be unused before.
-OURS: Mapping[str, Make] = {
+_STEADY: Mapping[str, Make] = {
     f"steady_came, {dtype}": partial(
         steady_came, 1e-3, weight_decay=0.1, mu_dtype=dtype
     )
     for dtype in ("float32", "bfloat16", "int8", "int4")
-} | {"came, float32": partial(came, 1e-3, weight_decay=0.1)}
+}
+_CAME_MUON: Mapping[str, Make] = {
+    f"came_muon, {dtype}": partial(came_muon, 1e-3, weight_decay=0.1, mu_dtype=dtype)
+    for dtype in ("float32", "int8")
+}
+# Without matrix products.
+OURS: Mapping[str, Make] = {
+    **_STEADY,
+    "came, float32": partial(came, 1e-3, weight_decay=0.1),
+}
 OPTAX: Mapping[str, Make] = {
     "AdamW": partial(optax.adamw, 1e-3, weight_decay=0.1),
     "Adafactor, momentum": partial(optax.adafactor, 1e-3, momentum=0.9),
     "Adafactor": partial(optax.adafactor, 1e-3),
     "SGD": partial(optax.sgd, 1e-3),
 }
-OPTIMIZERS: Mapping[str, Make] = {**OURS, **OPTAX}
+OPTIMIZERS: Mapping[str, Make] = {
+    **_STEADY,
+    **_CAME_MUON,
+    **OURS,
+    **OPTAX,
+    "Muon": partial(
+        optax.contrib.muon,
+        1e-3,
+        weight_decay=0.1,
+        muon_weight_dimension_numbers=_numbers,
+    ),
+}
 
 
 @contextlib.contextmanager
