@@ -122,6 +122,34 @@ def test_the_iteration_in_16_bits(x_dtype, dtype):
     assert np.linalg.norm(result - exact) < 0.05 * np.linalg.norm(exact)
 
 
+@PRESETS
+@pytest.mark.parametrize("shape", [(64, 64), (64, 256)], ids=str)
+@pytest.mark.parametrize("smallest", [1.0, 1e-2, 1e-4])
+def test_bfloat16_rounds_no_more_than_step_by_step(smallest, shape, preset):
+    u, _, vh = np.linalg.svd(matrix(*shape), full_matrices=False)
+    s = np.geomspace(1, smallest, 64)
+    x = (u * s) @ vh / np.linalg.norm(s)
+    y = jnp.asarray(x, jnp.bfloat16)
+    for a, b, c in _PRESETS[preset]:
+        gram = y @ y.T
+        y = a * y + (b * gram + c * (gram @ gram)) @ y
+    result = update(np.float32(x), ns_coeffs=preset, dtype="bfloat16")
+    exact = (u * iterated(s, preset)) @ vh
+    error, error_of_steps = (
+        np.linalg.norm(np.asarray(z, np.float64) - exact)
+        for z in (result / (0.2 * math.sqrt(shape[1])), y)
+    )
+    assert error < 1.02 * error_of_steps
+
+
+def test_two_steps_of_a_wide_matrix_share_its_gram_matrix():
+    m, n = 64, 256
+    tx = orthogonalize()
+    step = jax.jit(lambda x: tx.update(x, optax.EmptyState())[0])
+    compiled = step.lower(jax.ShapeDtypeStruct((m, n), jnp.float32)).compile()
+    assert compiled.cost_analysis()["flops"] < 0.85 * 5 * (4 * m * m * n + 2 * m**3)
+
+
 def test_the_same_on_cpu_as_in_float32():
     x = matrix(12, 20, dtype=np.float32)
     chex.assert_trees_all_equal(update(x), update(x, dtype="float32"))
