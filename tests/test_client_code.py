@@ -100,9 +100,9 @@ class Config(dict):
 # Each code base's optimizer, out of its snippet.
 
 
-def maxtext():
+def maxtext(name="came"):
     config = Config(
-        opt_type="came",
+        opt_type=name,
         adam_weight_decay=0.1,
         mu_dtype=jnp.dtype("int8"),
         param_scan_axis=1,
@@ -111,7 +111,7 @@ def maxtext():
     return run_snippets("maxtext").get_optimizer(config, schedule)
 
 
-def levanter():
+def levanter(name="came"):
     """From a module `levanter.optim` with the base class of its configurations."""
 
     @dataclasses.dataclass
@@ -138,7 +138,7 @@ def levanter():
         patch.setitem(sys.modules, "levanter", types.SimpleNamespace(optim=optim))
         patch.setitem(sys.modules, "levanter.optim", optim)
         run_snippets("levanter")
-    return OptimizerConfig.registered["came"](weight_decay=0.0).build(100)
+    return OptimizerConfig.registered[name](weight_decay=0.0).build(100)
 
 
 PARTITION_RULES = (
@@ -181,20 +181,22 @@ def run_easylm():
     )
 
 
-def nanodo():
+def nanodo(name="came"):
     return run_snippets("nanodo").came_of(
-        Config(weight_decay=0.0, mu_dtype="int8"),
+        Config(optimizer=name, weight_decay=0.0, mu_dtype="int8"),
         optax.constant_schedule(0.1),
         lambda params: jax.tree.map(lambda _: True, params),
     )
 
 
-def big_vision():
+def big_vision(name="came"):
     """As `big_vision.optax.make` does, from a configuration that was stored as JSON."""
     config = Config(lr=0.1, grad_clip_norm=1.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optax, "came", None, raising=False)  # Undoes the snippet's.
         run_snippets("big_vision", config=config)
+        if name == "came_muon":
+            config |= {"optax_name": "came.scale_by_came_muon", "optax": {}}
         config = Config(json.loads(json.dumps(config)))
         scale = operator.attrgetter(config.optax_name)(optax)(**config.optax)
     return optax.chain(
@@ -262,6 +264,20 @@ def test_statistics_are_those_of_the_matrices_that_kernels_are(name):
     assert factored
     for found, axis in ((memory.rows, "rows"), (memory.cols, "columns")):
         assert found == {path: tuple(leaf[axis]) for path, leaf in factored.items()}
+
+
+@pytest.mark.parametrize("name", ["maxtext", "levanter", "nanodo", "big_vision"])
+def test_came_muon_takes_hidden_kernels_and_goes_downhill(name):
+    tx, params = globals()[name]("came_muon"), make_params(name)
+    groups = state_memory(tx, params).groups
+    hidden = {path for path, group in groups.items() if group == "hidden"}
+    kernels = {path for path, leaf in LEAVES[name].items() if "rows" in leaf}
+    assert hidden == {k for k in kernels if not re.search("embedding|logits", k)}
+    step, state, losses = jax.jit(make_step(tx)), tx.init(params), []
+    for _ in range(3):
+        params, state, loss = step(params, state)
+        losses.append(loss)
+    assert losses[2] < losses[1]
 
 
 def test_the_page_names_each_code_base():
