@@ -26,6 +26,20 @@ def unbox(tree: Any) -> Any:
     )
 
 
+def open_empty(tree: Any) -> Any:
+    """Returns the tree with what is in boxes without arrays: NNX boxes masked leaves."""
+
+    def is_empty(x: Any) -> bool:
+        return _is_kind_of_box(x) and not jax.tree.leaves(x)
+
+    def content(x: Any) -> Any:
+        return jax.tree.leaves(x, is_leaf=lambda y: y is not x)[0]
+
+    return jax.tree.map(
+        lambda x: content(x) if is_empty(x) else x, tree, is_leaf=is_empty
+    )
+
+
 def box_like(boxed: Any, arrays: Any) -> Any:
     """Returns the leaves of ``arrays`` in the boxes of a tree that was unboxed."""
     return jax.tree.unflatten(jax.tree.structure(boxed), jax.tree.leaves(arrays))
@@ -76,9 +90,12 @@ def _is_named_array(x: Any) -> bool:
     return hasattr(x, "resolve_axis") and hasattr(x, "axes")
 
 
+def _is_kind_of_box(x: Any) -> bool:
+    return _is_linen_box(x) or _is_nnx_variable(x) or _is_named_array(x)
+
+
 def _is_box(x: Any) -> bool:
-    is_box = _is_linen_box(x) or _is_nnx_variable(x) or _is_named_array(x)
-    return is_box and len(jax.tree.leaves(x)) == 1
+    return _is_kind_of_box(x) and len(jax.tree.leaves(x)) == 1
 
 
 def _rebox(box: Any, x: jax.Array, axes: PartitionSpec) -> Any:

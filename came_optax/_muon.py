@@ -30,13 +30,15 @@ _NOT_HIDDEN = re.compile(
     r"""embed|wte|wpe|vocab
     |(^|[/_])(abs|rel)?pos(ition|emb|enc|[/_]|$)
     |(?<!multi)(?<!multi_)head(_\d+)?(/|$)|logit|classifi|(^|/)(predictions|score)(/|$)
-    |norm|(^|/)ln(_\w+|\d+)?(/|$)
-    |(^|[/_])(scale|bias|gamma|beta|offset|token)s?(_\d+)?$""",
+    |(^|/)pe(/|$)
+    |norm|(^|[/_])rms|(^|/)ln(_\w+|\d+)?(/|$)
+    |(^|[/_])(scale|bias|gamma|beta|offset|token)s?(_\d+)?$
+    |(^|/)b(_\w+|\d+)?$""",
     re.VERBOSE | re.IGNORECASE,
 )
 # Several of them in one leaf are a stack, unless they are the norms of some heads.
 _NORM = re.compile(
-    r"(?<![qk]_)(?<![qk])(?<!query_)(?<!key_)norm|(^|/)ln(_\w+|\d+)?/", re.I
+    r"(?<![qk]_)(?<![qk])(?<!query_)(?<!key_)norm|(^|[/_])rms|(^|/)ln(_\w+|\d+)?/", re.I
 )
 _EXPERTS = re.compile(r"expert|(^|[/_])moe", re.IGNORECASE)
 
@@ -75,10 +77,10 @@ def came_muon(
     does.
 
     - By name, these are left out: embeddings (``embed``, ``wte``, ``wpe``, ``vocab``),
-      positions (``pos``, ``position``, ``posemb``), heads (``head``, ``lm_head``,
-      ``logits``, ``classifier``, ``predictions``, ``score``), norms (``norm``, ``ln``)
-      and what is called ``scale``, ``bias``, ``gamma``, ``beta``, ``offset`` or
-      ``token``.
+      positions (``pos``, ``position``, ``posemb``, ``pe``), heads (``head``, ``lm_head``,
+      ``logits``, ``classifier``, ``predictions``, ``score``), norms (``norm``, ``rms``,
+      ``ln``) and what is called ``scale``, ``bias``, ``b``, ``gamma``, ``beta``,
+      ``offset`` or ``token``.
     - So is all that the rule doesn't factor, and what has one row or one column: a
       vector, or with ``Stacked`` a stack of vectors.
     - Norms of several layers in one leaf that the rule doesn't know for a stack, and
@@ -99,8 +101,9 @@ def came_muon(
         True where weight decay applies.
       hidden: which leaves are hidden matrices: a regular expression, searched in each
         leaf's path written as ``"blocks/0/up/kernel"``, a tree of bools (or a prefix of
-        one), or a function from parameters to one. It must name at least one leaf, and
-        none that the rule does not factor.
+        one), or a function from parameters to one, which goes into the ``static_args``
+        of ``optax.inject_hyperparams``. It must name at least one leaf, and none that
+        the rule does not factor.
       rest_learning_rate_scale: the learning rate of all other leaves, as a multiple of
         ``learning_rate``; ≥ 0.
       factoring: which axes of each leaf are rows and columns, of its statistics and of

@@ -122,7 +122,8 @@ def orthogonalize(
     check_rule(factoring)
     coeffs = _checked_coeffs(ns_coeffs)
     check_threshold("consistent_rms", consistent_rms)
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+    is_array = isinstance(dtype, jax.Array)  # By inject_hyperparams, of jnp.bfloat16.
+    if dtype is not None and (is_array or not jnp.issubdtype(dtype, jnp.floating)):
         raise ValueError(f"dtype must be a real floating dtype or None, got {dtype!r}")
 
     sharding = dict(

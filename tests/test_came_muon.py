@@ -80,7 +80,8 @@ def steps(tx, params, count=3):
             "embedding/kernel posembed_input/pos_embedding head/kernel "
             "lm_head/kernel LMHead_0/Dense_0/kernel Embed_0/embedding logits/kernel "
             "q_norm/scale query_norm/weight scale pos_emb position/table "
-            "relpos_bias/rel_embedding classifier/kernel wpe/w mask_token",
+            "relpos_bias/rel_embedding classifier/kernel wpe/w mask_token pe "
+            "mlp/b_in",
         ),
         (
             "MaxText and Gemma",
@@ -91,8 +92,8 @@ def steps(tx, params, count=3):
         ),
         (
             "Haiku",
-            "transformer/~/linear_1/w mlp/~/linear_0/w",
-            "embed/embeddings linear/offset",
+            "transformer/~/linear_1/w mlp/~/linear_0/w mlp/b_proj/w",
+            "embed/embeddings linear/offset linear/b",
         ),
         (
             "Equinox and Levanter",
@@ -146,6 +147,7 @@ def test_by_default_the_rule_tells():
     [
         ({"up": (3, 8, 8), "norm/scale": (3, 8)}, BalancedSplit(), "norm/scale"),
         ({"up": (8, 3, 8), "ln_1/scale": (8, 3)}, LastTwoAxes(), "ln_1/scale"),
+        ({"up": (3, 8, 8), "rms/weight": (3, 8)}, BalancedSplit(), "rms/weight"),
         ({"experts/up": (4, 8, 16)}, BalancedSplit(), "experts/up"),
         ({"MoeBlock_0/wi": (4, 8, 16)}, BalancedSplit(), "MoeBlock_0/wi"),
     ],
@@ -209,6 +211,8 @@ def test_a_choice_that_cannot_be_meant_is_refused(hidden, message):
         ({"rest_learning_rate_scale": -1.0}, "rest_learning_rate_scale must be >= 0"),
         ({"b1": 1.0}, "b1 must be"),
         ({"ns_coeffs": "fast"}, "ns_coeffs must be"),
+        # What optax.inject_hyperparams makes of jnp.bfloat16, which can be called.
+        ({"dtype": jnp.bfloat16(0)}, "dtype must be a real floating dtype or None"),
     ],
 )
 def test_arguments_are_checked(options, message):

@@ -18,6 +18,7 @@ from came_optax import (
     LastTwoAxes,
     Stacked,
     came,
+    came_muon,
     convert_state,
     quantized_ema,
     scale_by_confidence,
@@ -428,6 +429,20 @@ def test_nnx_optimizer_goes_on():
     moved = step(model, optimizer)
     assert cosine(moved, last) > 0.95
     np.testing.assert_allclose(jnp.linalg.norm(moved), jnp.linalg.norm(last), rtol=0.3)
+
+
+def test_leaves_that_nnx_boxes_though_they_are_masked():
+    old, new = optax.contrib.muon(1e-2), came_muon(1e-2, mu_dtype=None)
+    model = nnx.Linear(64, 96, rngs=nnx.Rngs(0))
+    params = nnx.state(model, nnx.Param)
+    optimizer = nnx.Optimizer(model, old, wrt=nnx.Param)
+    optimizer.update(model, params)
+    state = convert_state(optimizer.opt_state, params, old=old, new=new)
+    before = optax.tree.get(optimizer.opt_state.inner_states["muon"], "mu")["kernel"]
+    optimizer = nnx.Optimizer(model, new, wrt=nnx.Param)
+    nnx.update(optimizer.opt_state, nnx.state(state))
+    after = optax.tree.get(optimizer.opt_state.inner_states["hidden"], "mu")["kernel"]
+    assert cosine(before[...], after[...]) > 0.999
 
 
 @pytest.mark.parametrize(
