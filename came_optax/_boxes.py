@@ -27,7 +27,7 @@ def unbox(tree: Any) -> Any:
 
 
 def open_empty(tree: Any) -> Any:
-    """Returns the tree with what is in boxes without arrays: NNX boxes masked leaves."""
+    """Returns the tree with masked leaves, which NNX boxes too, out of their boxes."""
 
     def is_empty(x: Any) -> bool:
         return _is_kind_of_box(x) and not jax.tree.leaves(x)

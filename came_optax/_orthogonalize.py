@@ -64,7 +64,9 @@ def orthogonalize(
 
     .. math::
 
-        X \leftarrow a X + (b X X^\top + c (X X^\top)^2) X.
+        X \leftarrow a X + (b X X^\top + c (X X^\top)^2) X,
+
+    of wide and tall matrices two steps at once: they share the products with X.
 
     Which axes are its rows and its columns, the factoring rule says; all others, those
     of a stack too, index a batch of matrices, each of which is orthogonalised alone.
