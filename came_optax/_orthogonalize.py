@@ -24,11 +24,8 @@ from came_optax._factored_axes import (
     checked_axes,
 )
 from came_optax._factoring import BalancedSplit
-from came_optax._newton_schulz import (
-    Coefficients,
-    polar_factors,
-    polar_factors_on_mesh,
-)
+from came_optax._newton_schulz import Coefficients, polar_factors
+from came_optax._newton_schulz_on_mesh import polar_factors_on_mesh
 from came_optax._paths import KeyPath, path_name
 from came_optax._sharding import is_sharding
 
