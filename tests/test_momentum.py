@@ -61,7 +61,8 @@ def matrix_axes(ndim: int) -> FactoredAxes:
 def round_trip(m: jax.Array, mu_dtype: str, step: int = 1) -> Any:
     """Returns what the next step reads of momentum ``m``."""
     axes = matrix_axes(m.ndim)
-    codes = _codes.encode(lambda: m, axes, BITS[mu_dtype], jnp.int32(step))
+    step, largest = jnp.int32(step), _codes.largest
+    codes = _codes.encode(lambda: m, axes, BITS[mu_dtype], step, largest)
     return _codes.decode(codes, m, axes)
 
 
