@@ -217,11 +217,7 @@ def test_an_injected_hyperparameter_goes_on_unless_it_is_set_otherwise():
             quantized_ema(0.9),
             "new has QuantizedEmaState; only old has TraceState at '0'",
         ),
-        (
-            optax.adamw(1e-3),
-            came(SCHEDULE),
-            "only new has ScaleByScheduleState at '2'",
-        ),
+        (optax.adamw(1e-3), came(SCHEDULE), "only new has ScaleByScheduleState at '2'"),
         (
             optax.chain(optax.ema(0.9), came(1e-3)),
             came(1e-3),

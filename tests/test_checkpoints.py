@@ -2,8 +2,6 @@
 
 import pathlib
 import runpy
-from collections.abc import Callable
-from typing import Any
 
 import chex
 import equinox as eqx
@@ -20,7 +18,7 @@ FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 OLD = sorted((FIXTURES / "checkpoints").iterdir())
 WRITER = runpy.run_path(str(FIXTURES / "write_checkpoint.py"))
 
-OPTIMIZERS: dict[str, optax.GradientTransformationExtraArgs] = {
+OPTIMIZERS = {
     "published": came(1e-2),
     "options": came(
         optax.linear_schedule(1e-2, 1e-3, 10),
@@ -43,24 +41,24 @@ PARAMS = {
 }
 
 
-def orbax_round_trip(state: Any, target: Any, folder: pathlib.Path) -> Any:
+def orbax_round_trip(state, target, folder):
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / "state", state)
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(folder / "state", target)
 
 
-def flax_round_trip(state: Any, target: Any, folder: pathlib.Path) -> Any:
+def flax_round_trip(state, target, folder):
     (folder / "state").write_bytes(flax.serialization.to_bytes(state))
     return flax.serialization.from_bytes(target, (folder / "state").read_bytes())
 
 
-def equinox_round_trip(state: Any, target: Any, folder: pathlib.Path) -> Any:
+def equinox_round_trip(state, target, folder):
     eqx.tree_serialise_leaves(folder / "state.eqx", state)
     return eqx.tree_deserialise_leaves(folder / "state.eqx", target)
 
 
-def trained(tx: optax.GradientTransformationExtraArgs) -> Any:
+def trained(tx):
     """Returns a state after two steps."""
     update, state = jax.jit(tx.update), tx.init(PARAMS)
     for _ in range(2):
@@ -68,7 +66,7 @@ def trained(tx: optax.GradientTransformationExtraArgs) -> Any:
     return state
 
 
-def rounded(state: Any) -> Any:
+def rounded(state):
     """Returns the state as a tool that casts every float to bfloat16 leaves it."""
     return jax.tree.map(
         lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, state
@@ -80,9 +78,7 @@ def rounded(state: Any) -> Any:
     "round_trip", [orbax_round_trip, flax_round_trip, equinox_round_trip]
 )
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_next_step_is_identical(
-    name: str, round_trip: Callable[..., Any], tmp_path: pathlib.Path
-) -> None:
+def test_the_next_step_is_identical(name, round_trip, tmp_path):
     tx = OPTIMIZERS[name]
     state = trained(tx)
     restored = round_trip(state, tx.init(PARAMS), tmp_path)
@@ -96,9 +92,7 @@ def test_the_next_step_is_identical(
 @pytest.mark.parametrize(
     "round_trip", [orbax_round_trip, flax_round_trip, equinox_round_trip]
 )
-def test_remainders_are_kept(
-    round_trip: Callable[..., Any], tmp_path: pathlib.Path
-) -> None:
+def test_remainders_are_kept(round_trip, tmp_path):
     params = optax.tree.cast(PARAMS, jnp.bfloat16)
     tx = with_master_weights(came(1e-2, mu_dtype="int8"))
     _, state = tx.update(params, tx.init(params), params)
@@ -107,21 +101,21 @@ def test_remainders_are_kept(
     chex.assert_trees_all_equal(restored, state, strict=True)
 
 
-def test_a_state_restored_without_its_types_is_refused(tmp_path: pathlib.Path) -> None:
+def test_a_state_restored_without_its_types_is_refused(tmp_path):
     tx = came(1e-2)
     restored = orbax_round_trip(trained(tx), None, tmp_path)
     with pytest.raises(TypeError, match="must be a tuple as made by init, got a list"):
         tx.update(PARAMS, restored, PARAMS)
 
 
-def test_a_state_cast_to_bfloat16_is_refused(tmp_path: pathlib.Path) -> None:
+def test_a_state_cast_to_bfloat16_is_refused(tmp_path):
     tx = came(1e-2)
     restored = flax_round_trip(rounded(trained(tx)), tx.init(PARAMS), tmp_path)
     with pytest.raises(TypeError, match=r"dtype bfloat16.*cast when saved"):
         tx.update(PARAMS, restored, PARAMS)
 
 
-def test_orbax_restores_such_a_state_to_float32(tmp_path: pathlib.Path) -> None:
+def test_orbax_restores_such_a_state_to_float32(tmp_path):
     tx = came(1e-2)
     state = trained(tx)
     restored = orbax_round_trip(rounded(state), tx.init(PARAMS), tmp_path)
@@ -132,7 +126,7 @@ def test_orbax_restores_such_a_state_to_float32(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("path", OLD, ids=lambda path: path.name)
-def test_old_checkpoints_continue(path: pathlib.Path) -> None:
+def test_old_checkpoints_continue(path):
     cases = {
         name: (tx, WRITER["make_params"](shapes))
         for name, (tx, shapes) in WRITER["CASES"].items()

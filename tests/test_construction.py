@@ -4,7 +4,6 @@ import functools
 import socket
 import subprocess
 import sys
-from typing import Any
 
 import chex
 import jax
@@ -39,7 +38,7 @@ jax.distributed.initialize("localhost:{port}", num_processes=1, process_id=0)
 """
 
 
-def build(more: str = "") -> subprocess.CompletedProcess[str]:
+def build(more=""):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         source = BUILD.format(more=more, port=free.getsockname()[1])
@@ -48,7 +47,7 @@ def build(more: str = "") -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_no_backend_starts() -> None:
+def test_no_backend_starts():
     done = build()
     assert done.returncode == 0, done.stderr
     # This would show if one did.
@@ -58,15 +57,15 @@ def test_no_backend_starts() -> None:
 
 @pytest.mark.slow(but=2)
 @pytest.mark.parametrize("mu_dtype", MU_DTYPES)
-def test_built_inside_nnx_jit(mu_dtype: Any) -> None:
+def test_built_inside_nnx_jit(mu_dtype):
     @nnx.jit
-    def create() -> Any:
+    def create():
         model = nnx.Linear(64, 64, rngs=nnx.Rngs(0))
         tx = steady_came(1e-2, mu_dtype=mu_dtype)
         return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
 
     @nnx.jit
-    def step(model: Any, optimizer: Any, x: jax.Array) -> jax.Array:
+    def step(model, optimizer, x):
         loss, grads = nnx.value_and_grad(lambda m: jnp.mean((m(x) - 1) ** 2))(model)
         optimizer.update(model, grads)
         return loss
@@ -79,11 +78,11 @@ def test_built_inside_nnx_jit(mu_dtype: Any) -> None:
 
 @pytest.mark.slow(but=2)
 @pytest.mark.parametrize("mu_dtype", MU_DTYPES)
-def test_built_inside_a_jitted_train_state(mu_dtype: Any) -> None:
+def test_built_inside_a_jitted_train_state(mu_dtype):
     params = {"kernel": jnp.ones((64, 64)), "bias": jnp.zeros(64)}
 
     @jax.jit
-    def create(params: Any) -> TrainState:
+    def create(params):
         tx = came(1e-2, weight_decay=0.1, mu_dtype=mu_dtype)
         return TrainState.create(apply_fn=None, params=params, tx=tx)
 
@@ -101,12 +100,12 @@ def test_built_inside_a_jitted_train_state(mu_dtype: Any) -> None:
 @pytest.mark.slow(but=3)
 @pytest.mark.parametrize("make", [came, optax.inject_hyperparams(came)])
 @pytest.mark.parametrize("mu_dtype", MU_DTYPES)
-def test_no_tracer_leaks(make: Any, mu_dtype: Any) -> None:
+def test_no_tracer_leaks(make, mu_dtype):
     params = {"kernel": jnp.ones((64, 64)), "bias": jnp.zeros(64)}
     with jax.checking_leaks():
 
         @jax.jit
-        def two_steps(params: Any) -> Any:
+        def two_steps(params):
             tx = make(1e-2, mu_dtype=mu_dtype)
             _, state = tx.update(params, tx.init(params), params)
             return tx.update(params, state, params)[0]
@@ -118,13 +117,13 @@ def test_no_tracer_leaks(make: Any, mu_dtype: Any) -> None:
 @pytest.mark.parametrize(
     "name", sorted(set(came_optax.__all__) & {"came", "steady_came", "scale_by_came"})
 )
-def test_hyperparameters_may_be_traced(name: str) -> None:
+def test_hyperparameters_may_be_traced(name):
     """A sweep over b2 and eps2 by vmap, and the same one by one."""
     make = getattr(came_optax, name)
     rate = () if name == "scale_by_came" else (1e-2,)
     g = jax.random.normal(jax.random.key(0), (8, 6))
 
-    def second_update(b2: Any, eps2: Any) -> Any:
+    def second_update(b2, eps2):
         tx = make(*rate, b2=b2, eps2=eps2)
         return tx.update(g, tx.update(g, tx.init(g))[1])[0]
 

@@ -1,8 +1,6 @@
 """The four targets that optax asks its optimizers to reach, real and complex."""
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import chex
 import jax
@@ -12,7 +10,7 @@ import pytest
 
 import came_optax
 
-VARIANTS: dict[str, optax.GradientTransformation] = {
+VARIANTS = {
     "published": came_optax.came(1e-2),
     "bias_correction": came_optax.came(1e-2, bias_correction=True),
     "update_clipping": came_optax.came(1e-2, update_clipping_threshold=1.0),
@@ -29,21 +27,21 @@ VARIANTS: dict[str, optax.GradientTransformation] = {
 }
 
 
-def abs_sq(x: jax.Array) -> jax.Array:
+def abs_sq(x):
     return jnp.real(x * jnp.conj(x))
 
 
-def squared_distance(params: Any, solution: Any) -> jax.Array:
+def squared_distance(params, solution):
     differences = jax.tree.map(lambda p, q: abs_sq(p - q), params, solution)
     return optax.tree.sum(differences)
 
 
-def rosenbrock(params: jax.Array, solution: jax.Array) -> jax.Array:
+def rosenbrock(params, solution):
     x, y = params
     return abs_sq(solution[0] - x) + 100 * abs_sq(y - x**2)
 
 
-def target(name: str, dtype: Any) -> tuple[Any, Any, Callable[[Any, Any], jax.Array]]:
+def target(name, dtype):
     """Returns the initial parameters, the solution and the objective of both."""
     array = functools.partial(jnp.asarray, dtype=dtype)
     turn = array(1 + 1j) if jnp.issubdtype(dtype, jnp.complexfloating) else array(1)
@@ -59,7 +57,7 @@ def target(name: str, dtype: Any) -> tuple[Any, Any, Callable[[Any, Any], jax.Ar
     return optax.tree.zeros_like(mixed), mixed, squared_distance
 
 
-def test_matrices_are_factored() -> None:
+def test_matrices_are_factored():
     for name, tx in VARIANTS.items():
         for leaf, column in (("matrix", (2,)), ("mixed", [(1,), (2,)])):
             state = tx.init(target(leaf, jnp.float32)[0])
@@ -71,11 +69,11 @@ def test_matrices_are_factored() -> None:
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex64], ids=["real", "complex"])
 @pytest.mark.parametrize("name", ["parabola", "rosenbrock", "matrix", "mixed"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_reaches_the_solution(variant: str, name: str, dtype: Any) -> None:
+def test_reaches_the_solution(variant, name, dtype):
     tx = VARIANTS[variant]
     start, solution, objective = target(name, dtype)
 
-    def step(carry: Any, _: None) -> tuple[Any, None]:
+    def step(carry, _):
         params, state = carry
         # optax's convention: the descent direction is the conjugate of jax's gradient.
         grads = optax.tree.conj(jax.grad(objective)(params, solution))
@@ -83,7 +81,7 @@ def test_reaches_the_solution(variant: str, name: str, dtype: Any) -> None:
         return (optax.apply_updates(params, updates), state), None
 
     @jax.jit
-    def optimize(params: Any) -> Any:
+    def optimize(params):
         carry = params, tx.init(params)
         return jax.lax.scan(step, carry, length=10_000)[0][0]
 

@@ -12,25 +12,19 @@ import matplotlib
 import pytest
 from flax import traverse_util
 
-from came_optax import (
-    BalancedSplit,
-    LastTwoAxes,
-    Stacked,
-    state_memory,
-    steady_came,
-)
+from came_optax import BalancedSplit, LastTwoAxes, Stacked, state_memory, steady_came
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 NOTEBOOK = DOCS / "getting-started.ipynb"
 
 
-def blocks(path: pathlib.Path) -> list[str]:
+def blocks(path):
     text = path.read_text(encoding="utf-8")
     return re.findall(r"^```python\n(.*?)^```$", text, flags=re.M | re.S)
 
 
-def run(code: list[str]) -> dict:
-    names: dict = {}
+def run(code):
+    names = {}
     # As it is for a user.
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         for block in code:
@@ -95,7 +89,7 @@ def test_memory_page_shows_what_is_printed():
     assert shown and printed.getvalue().endswith(shown[1])
 
 
-def maxtexts_llama_7b() -> dict:
+def maxtexts_llama_7b():
     """Its shapes, the layers stacked on axis 1."""
     d, layers, heads, size, inner = 4096, 32, 32, 128, 11008
     shapes = {
@@ -123,9 +117,7 @@ def maxtexts_llama_7b() -> dict:
 def test_memory_page_shows_what_is_counted_of_maxtexts_llama():
     text = (DOCS / "memory.md").read_text(encoding="utf-8")
     shown = re.search(
-        r"^```text\n# Llama 7B as in MaxText\n(.*?)^```$",
-        text,
-        flags=re.M | re.S,
+        r"^```text\n# Llama 7B as in MaxText\n(.*?)^```$", text, flags=re.M | re.S
     )
     assert shown
     lines = []

@@ -3,7 +3,6 @@
 import dataclasses
 import inspect
 import pickle
-from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -74,14 +73,12 @@ SCHEDULE = optax.constant_schedule(0.9)
         ("factoring", lambda path, shape: None, TypeError, "got <function"),
     ],
 )
-def test_arguments(
-    argument: str, value: Any, error: type[Exception], message: str
-) -> None:
+def test_arguments(argument, value, error, message):
     with pytest.raises(error, match=f"^{argument} .*{message}"):
         came(**{"learning_rate": 1e-3, argument: value})
 
 
-def test_a_scalar_of_ml_dtypes_is_a_number() -> None:
+def test_a_scalar_of_ml_dtypes_is_a_number():
     rate = ml_dtypes.bfloat16(1e-3)
     tx, expected = came(rate, weight_decay=rate), came(float(rate), weight_decay=rate)
     with jax.numpy_dtype_promotion("standard"):
@@ -92,7 +89,7 @@ def test_a_scalar_of_ml_dtypes_is_a_number() -> None:
 
 
 @pytest.mark.parametrize("make", [came, steady_came, scale_by_came])
-def test_signatures_are_those_of_the_arguments(make: Any) -> None:
+def test_signatures_are_those_of_the_arguments(make):
     parameters = inspect.signature(make).parameters.values()
     assert all(p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
     assert len(str(inspect.signature(make))) < len(str(inspect.signature(optax.adamw)))
@@ -119,7 +116,7 @@ def test_signatures_are_those_of_the_arguments(make: Any) -> None:
         (lambda: LargestTwoAxes("8"), ValueError, r"min_dim_size=.*int >= 1, got '8'"),
     ],
 )
-def test_rules(make: Callable[[], Any], error: type[Exception], message: str) -> None:
+def test_rules(make, error, message):
     with pytest.raises(error, match=message):
         make()
 
@@ -130,7 +127,7 @@ class Answer:
 
     answer: Any
 
-    def axes(self, path: Any, shape: tuple[int, ...]) -> Any:
+    def axes(self, path, shape):
         return self.answer
 
 
@@ -159,9 +156,7 @@ class Answer:
         ),
     ],
 )
-def test_answers_of_rules(
-    rule: Any, leaf: str, error: type[Exception], message: str
-) -> None:
+def test_answers_of_rules(rule, leaf, error, message):
     params = {"a": {"kernel": jnp.ones((3, 2)), "scale": jnp.ones(())}[leaf]}
     for transformation in (scale_by_factored_moment, scale_by_confidence):
         with pytest.raises(error, match=f"(?=.*'a').*{message}"):
@@ -179,7 +174,7 @@ def test_answers_of_rules(
         (object(), "type object"),
     ],
 )
-def test_leaves_that_are_no_arrays_of_numbers(leaf: Any, kind: str) -> None:
+def test_leaves_that_are_no_arrays_of_numbers(leaf, kind):
     bad = PARAMS | {"steps": [leaf]}
     tx = came(1e-3)
     message = f"leaf 'steps/0' of the {{}} has {kind}.*floating point or complex"
@@ -190,7 +185,7 @@ def test_leaves_that_are_no_arrays_of_numbers(leaf: Any, kind: str) -> None:
         tx.update(bad, state)
 
 
-def without(name: str) -> Any:
+def without(name):
     return {key: value for key, value in PARAMS.items() if key != name}
 
 
@@ -216,7 +211,7 @@ LONGER = PARAMS | {"bias": jnp.ones(3)}
         ),
     ],
 )
-def test_updates_against_params(updates: Any, params: Any, message: str) -> None:
+def test_updates_against_params(updates, params, message):
     tx = came(1e-3)
     with pytest.raises(ValueError, match=message):
         tx.update(updates, tx.init(PARAMS), params)
@@ -234,19 +229,19 @@ def test_updates_against_params(updates: Any, params: Any, message: str) -> None
     ],
 )
 @pytest.mark.parametrize("make", [scale_by_factored_moment, scale_by_confidence])
-def test_a_changed_model_with_an_old_state(make: Any, model: Any, message: str) -> None:
+def test_a_changed_model_with_an_old_state(make, model, message):
     tx = make()
     with pytest.raises(ValueError, match=message):
         tx.update(model, tx.init(PARAMS), model)
 
 
-def test_trees_that_differ_in_nodes_alone() -> None:
+def test_trees_that_differ_in_nodes_alone():
     tx = scale_by_came()
     with pytest.raises(ValueError, match=r"updates are structured as .*\(\*, \*\)"):
         tx.update((jnp.ones(2), jnp.ones(2)), tx.init([jnp.ones(2), jnp.ones(2)]))
 
 
-def cast(state: Any, dtype: Any) -> Any:
+def cast(state, dtype):
     return jax.tree.map(lambda x: x if x.dtype == jnp.int32 else x.astype(dtype), state)
 
 
@@ -287,35 +282,33 @@ def cast(state: Any, dtype: Any) -> Any:
         "complex",
     ],
 )
-def test_states_of_other_optimizers(
-    state: Any, error: type[Exception], message: str
-) -> None:
+def test_states_of_other_optimizers(state, error, message):
     with pytest.raises(error, match=message):
         came(1e-3).update(PARAMS, state, PARAMS)
 
 
-def test_half_a_state_for_the_whole() -> None:
+def test_half_a_state_for_the_whole():
     state = scale_by_confidence().init(PARAMS)
     with pytest.raises(TypeError, match=r"a ScaleByCameState .*ScaleByConfidenceState"):
         scale_by_came().update(PARAMS, state)
 
 
 @pytest.mark.parametrize("make", [scale_by_factored_moment, scale_by_confidence])
-def test_half_a_state_of_another_kind(make: Any) -> None:
+def test_half_a_state_of_another_kind(make):
     state = optax.scale_by_adam().init(PARAMS)
     message = f"state of {make.__name__} must be a ScaleBy.*got a ScaleByAdamState"
     with pytest.raises(TypeError, match=message):
         make().update(PARAMS, state)
 
 
-def test_weight_decay_needs_params() -> None:
+def test_weight_decay_needs_params():
     tx = came(1e-3, weight_decay=0.1)
     with pytest.raises(ValueError, match="you are not passing `params`"):
         tx.update(PARAMS, tx.init(PARAMS))
 
 
 @pytest.mark.parametrize("zero", [0, 0.0, np.float32(0), np.array(0.0)], ids=repr)
-def test_no_weight_decay_needs_none(zero: Any) -> None:
+def test_no_weight_decay_needs_none(zero):
     tx = came(1e-3, weight_decay=zero)
     tx.update(PARAMS, tx.init(PARAMS))
 
@@ -328,13 +321,13 @@ def test_no_weight_decay_needs_none(zero: Any) -> None:
         (lambda params: "yes", TypeError, "'yes' at '', not a bool"),
     ],
 )
-def test_weight_decay_masks(mask: Any, error: type[Exception], message: str) -> None:
+def test_weight_decay_masks(mask, error, message):
     tx = came(1e-3, weight_decay=0.1, weight_decay_mask=mask)
     with pytest.raises(error, match=f"^weight_decay_mask .*{message}"):
         tx.init(PARAMS)
 
 
-def test_a_weight_decay_mask_may_be_a_module() -> None:
+def test_a_weight_decay_mask_may_be_a_module():
     """Modules of Equinox are trees that can be called."""
     linear = eqx.filter(eqx.nn.Linear(3, 3, key=jax.random.key(0)), eqx.is_array)
     mask = jax.tree.map(lambda p: p.ndim > 1, linear)
@@ -346,7 +339,7 @@ def test_a_weight_decay_mask_may_be_a_module() -> None:
         np.testing.assert_array_equal(updates.bias, 0.0)
 
 
-def test_sixteen_bit_hyperparams_are_refused() -> None:
+def test_sixteen_bit_hyperparams_are_refused():
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
     with pytest.raises(ValueError, match=r"hyperparam_dtype=jnp\.float32"):
         optax.inject_hyperparams(came)(1e-3).init(params)

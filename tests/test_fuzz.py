@@ -36,12 +36,12 @@ class Module:
     weights: Any
     activation: str
 
-    def tree_flatten_with_keys(self) -> Any:
+    def tree_flatten_with_keys(self):
         key = jax.tree_util.GetAttrKey("weights")
         return [(key, self.weights)], self.activation
 
     @classmethod
-    def tree_unflatten(cls, activation: str, children: Any) -> "Module":
+    def tree_unflatten(cls, activation, children):
         return cls(*children, activation)
 
 
@@ -51,7 +51,7 @@ class RandomAxes:
 
     seed: int
 
-    def axes(self, path: Any, shape: tuple[int, ...]) -> FactoredAxes | None:
+    def axes(self, path, shape):
         rng = random.Random(f"{self.seed} {path} {shape}")
         axes = rng.sample(range(len(shape)), len(shape))
         if len(shape) < 2 or rng.random() < 0.1:
@@ -62,7 +62,7 @@ class RandomAxes:
         return FactoredAxes(tuple(row), tuple(col), tuple(stack))
 
 
-def array(shape: tuple[int, ...], dtype: str, seed: int = 0) -> jax.Array:
+def array(shape, dtype, seed=0):
     values = np.random.default_rng(seed).normal(size=shape)
     return jnp.asarray(values.astype(jnp.dtype(dtype)))
 
@@ -99,7 +99,7 @@ options = st.fixed_dictionaries(
 wrappers = st.sampled_from(["none", "injected", "masked"])
 
 
-def optimizer(wrapper: str, kwargs: Any, params: Any) -> optax.GradientTransformation:
+def optimizer(wrapper, kwargs, params):
     if wrapper == "injected":
         inject = optax.inject_hyperparams(came, hyperparam_dtype=jnp.float32)
         return inject(**kwargs)
@@ -110,29 +110,29 @@ def optimizer(wrapper: str, kwargs: Any, params: Any) -> optax.GradientTransform
     return tx
 
 
-def grads_for(params: Any, step: int) -> Any:
+def grads_for(params, step):
     """Returns gradients; float32 for some narrow leaves, as in mixed precision."""
 
-    def grad(p: jax.Array) -> jax.Array:
+    def grad(p):
         is_wide = p.size % 2 and p.ndim != 1 and p.dtype != jnp.complex64
         return array(p.shape, "float32" if is_wide else p.dtype.name, step)
 
     return jax.tree.map(grad, params)
 
 
-def types(tree: Any) -> Any:
+def types(tree):
     return jax.tree.map(jax.typeof, tree)
 
 
-def promotion(wrapper: str) -> Any:
+def promotion(wrapper):
     """Injected float32 scalars meet complex leaves in optax's own transformations."""
     return jax.numpy_dtype_promotion("standard" if wrapper == "injected" else "strict")
 
 
-def check(wrapper: str, kwargs: Any, params: Any, *, jitted: bool) -> None:
+def check(wrapper, kwargs, params, *, jitted):
     tx, traces = optimizer(wrapper, kwargs, params), 0
 
-    def step(grads: Any, state: Any, params: Any) -> Any:
+    def step(grads, state, params):
         nonlocal traces
         traces += 1
         return tx.update(grads, state, params)
@@ -149,12 +149,12 @@ def check(wrapper: str, kwargs: Any, params: Any, *, jitted: bool) -> None:
     assert traces == (1 if jitted else 3)
 
 
-def test_many_draws_are_factored() -> None:
+def test_many_draws_are_factored():
     factored = []
 
     @given(params=trees, rule=rules)
     @settings(max_examples=100)
-    def draw(params: Any, rule: Any) -> None:
+    def draw(params, rule):
         axes = jax.tree.leaves(factored_axes(rule, params))
         factored.extend(some.factored for some in axes)
 
@@ -164,7 +164,7 @@ def test_many_draws_are_factored() -> None:
 
 @given(params=trees, wrapper=wrappers, kwargs=options)
 @settings(max_examples=6 * EXAMPLES)
-def test_types(params: Any, wrapper: str, kwargs: Any) -> None:
+def test_types(params, wrapper, kwargs):
     tx = optimizer(wrapper, kwargs, params)
     state = jax.eval_shape(tx.init, params)
     with promotion(wrapper):
@@ -175,14 +175,14 @@ def test_types(params: Any, wrapper: str, kwargs: Any) -> None:
 
 @given(params=trees, wrapper=wrappers, kwargs=options)
 @settings(max_examples=2 * EXAMPLES)
-def test_jitted_updates(params: Any, wrapper: str, kwargs: Any) -> None:
+def test_jitted_updates(params, wrapper, kwargs):
     check(wrapper, kwargs, params, jitted=True)
 
 
 @pytest.mark.slow
 @given(params=trees, wrapper=wrappers, kwargs=options)
 @settings(max_examples=EXAMPLES // 2)
-def test_eager_updates(params: Any, wrapper: str, kwargs: Any) -> None:
+def test_eager_updates(params, wrapper, kwargs):
     check(wrapper, kwargs, params, jitted=False)
 
 
@@ -192,7 +192,7 @@ examples = itertools.count()
 @pytest.mark.nightly
 @given(params=trees, wrapper=wrappers, kwargs=options, jitted=st.booleans())
 @settings(max_examples=2_000)
-def test_nightly(params: Any, wrapper: str, kwargs: Any, jitted: bool) -> None:
+def test_nightly(params, wrapper, kwargs, jitted):
     if next(examples) % 50 == 0:
         jax.clear_caches()  # They keep what each example compiled: gigabytes.
     check(wrapper, kwargs, params, jitted=jitted)

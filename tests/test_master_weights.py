@@ -1,7 +1,6 @@
 """bfloat16 parameters whose weights are float32: bit for bit, or right on average."""
 
 import functools
-from typing import Any
 
 import chex
 import jax
@@ -27,25 +26,23 @@ LOWER = [0, 1, 2, 0x1234, 0x7FFE, 0x7FFF, 0x8000, 0x8001, 0xEDCB, 0xFFFE, 0xFFFF
 EVERY_UPPER = np.arange(2**16, dtype=np.uint32) << 16
 
 
-def float32(bits: Any) -> np.ndarray:
+def float32(bits):
     return np.asarray(bits, np.uint32).view(np.float32)
 
 
-def bits_of(x: Any) -> np.ndarray:
+def bits_of(x):
     return np.asarray(x).view({2: np.uint16, 4: np.uint32}[x.dtype.itemsize])
 
 
-def apply(params: Any, updates: Any) -> Any:
+def apply(params, updates):
     with jax.numpy_dtype_promotion("standard"):  # For bfloat16 and float32.
         return optax.apply_updates(params, updates)
 
 
-def train(
-    tx: Any, params: Any, gradients: Any, steps: int, state: Any = None
-) -> tuple[Any, Any]:
+def train(tx, params, gradients, steps, state=None):
     """Takes steps, the gradients of each of which depend on its number."""
 
-    def step(carry: Any, i: jax.Array) -> tuple[Any, None]:
+    def step(carry, i):
         params, state = carry
         updates, state = tx.update(gradients(i), state, params)
         return (apply(params, updates), state), None
@@ -62,12 +59,12 @@ GRADIENTS = {
 }
 
 
-def gradients(i: Any, dtype: Any = jnp.bfloat16) -> dict[str, jax.Array]:
+def gradients(i, dtype=jnp.bfloat16):
     return {name: jnp.asarray(g, dtype)[i % len(g)] for name, g in GRADIENTS.items()}
 
 
 @pytest.mark.parametrize("lower", LOWER, ids=hex)
-def test_every_float32_is_a_bfloat16_nearest_to_it_and_a_remainder(lower: int) -> None:
+def test_every_float32_is_a_bfloat16_nearest_to_it_and_a_remainder(lower):
     weights = float32(EVERY_UPPER + np.uint32(lower))
     params, remainder = jax.jit(functools.partial(split_weights, bits=32))(weights)
     state = MasterWeightsState(0, remainder, ())
@@ -82,7 +79,7 @@ def test_every_float32_is_a_bfloat16_nearest_to_it_and_a_remainder(lower: int) -
 
 
 @pytest.mark.parametrize("lower", [x for x in LOWER if x % 2**13 == x], ids=hex)
-def test_float16_is_exact_in_its_range_and_has_a_fixed_point_below(lower: int) -> None:
+def test_float16_is_exact_in_its_range_and_has_a_fixed_point_below(lower):
     weights = float32((np.arange(2**19, dtype=np.uint32) << 13) + np.uint32(lower))
     weights = weights[np.isfinite(weights)]
     size = np.abs(weights)
@@ -99,9 +96,7 @@ def test_float16_is_exact_in_its_range_and_has_a_fixed_point_below(lower: int) -
 
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("bits", [24, 32])
-def test_an_old_remainder_is_less_than_half_the_distance_to_the_next(
-    bits: int, dtype: Any
-) -> None:
+def test_an_old_remainder_is_less_than_half_the_distance_to_the_next(bits, dtype):
     """Whatever was done to a parameter, rounding its weight gives the parameter."""
     params = jax.lax.bitcast_convert_type(jnp.arange(2**16, dtype=jnp.uint16), dtype)
     for old in range(-(2**7), 2**7):
@@ -117,7 +112,7 @@ def test_an_old_remainder_is_less_than_half_the_distance_to_the_next(
         )
 
 
-def any_floats(n: int, seed: int, exponents: tuple[int, int]) -> np.ndarray:
+def any_floats(n, seed, exponents):
     rng = np.random.default_rng(seed)
     exponent = rng.integers(*np.add(exponents, 127), n, dtype=np.uint32)
     rest = rng.integers(2**23, size=n, dtype=np.uint32)
@@ -142,12 +137,12 @@ STEPS = {
 }
 
 
-def after_a_step(weights: Any, steps: Any, bits: int, dtype: Any = jnp.bfloat16) -> Any:
+def after_a_step(weights, steps, bits, dtype=jnp.bfloat16):
     """Returns parameters and weights after one step, and what float32 makes of it."""
     tx = with_master_weights(optax.identity(), bits)
 
     @jax.jit
-    def step(weights: jax.Array, steps: jax.Array) -> Any:
+    def step(weights, steps):
         params, remainder = split_weights(weights, bits, dtype)
         state = tx.init(params)._replace(remainder=remainder)
         updates, state = tx.update(steps, state, params)
@@ -158,7 +153,7 @@ def after_a_step(weights: Any, steps: Any, bits: int, dtype: Any = jnp.bfloat16)
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_a_step_in_32_bits_is_float32s(name: str) -> None:
+def test_a_step_in_32_bits_is_float32s(name):
     params, weights, expected = after_a_step(WEIGHTS, STEPS[name], 32)
     # The one case in which no float32 leads from one parameter to the other.
     start = np.asarray(split_weights(WEIGHTS, 32)[0], np.float32)
@@ -177,7 +172,7 @@ def test_a_step_in_32_bits_is_float32s(name: str) -> None:
 
 
 @pytest.mark.parametrize("start", [-0.0, 0.0, 1e-40, 3.4e38, np.inf, -np.inf, np.nan])
-def test_what_is_rare_passes(start: float) -> None:
+def test_what_is_rare_passes(start):
     """Zeros of both signs, what only float32 holds, and infinities stay."""
     weights = np.full(3, start, np.float32)
     with np.errstate(over="ignore"):
@@ -186,16 +181,16 @@ def test_what_is_rare_passes(start: float) -> None:
     np.testing.assert_array_equal(bits_of(after), bits_of(expected))
 
 
-def test_a_difference_beyond_float32_is_not_infinite() -> None:
+def test_a_difference_beyond_float32_is_not_infinite():
     weights = np.float32([-(2.0**127) * (1 + 2.0**-8 + 2.0**-20)])
     _, after, expected = after_a_step(weights, [np.finfo(np.float32).max], 32)
     np.testing.assert_allclose(after, expected, rtol=2**-7)
 
 
-def compiled_apart(tx: Any) -> Any:
+def compiled_apart(tx):
     """Returns ``tx``, of which compilers make the same whatever is around it."""
 
-    def update(grads: Any, *args: Any) -> Any:
+    def update(grads, *args):
         false = jnp.isnan(jax.tree.leaves(grads)[0]).any()
         return jax.lax.cond(
             false,
@@ -229,7 +224,7 @@ CHAINS = {
 
 @pytest.mark.slow(but=3)
 @pytest.mark.parametrize("tx", CHAINS.values(), ids=CHAINS)
-def test_after_1000_steps_32_bits_are_the_float32_run(tx: Any) -> None:
+def test_after_1000_steps_32_bits_are_the_float32_run(tx):
     tx, start = compiled_apart(tx), gradients(0, jnp.float32)
 
     with jax.numpy_dtype_promotion("standard"):  # Some of optax needs it.
@@ -247,9 +242,7 @@ def test_after_1000_steps_32_bits_are_the_float32_run(tx: Any) -> None:
 
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("bits", [24, 16])
-def test_a_step_in_fewer_bits_is_near_and_right_on_average(
-    bits: int, dtype: Any
-) -> None:
+def test_a_step_in_fewer_bits_is_near_and_right_on_average(bits, dtype):
     exponents = (-60, 60) if dtype == jnp.bfloat16 else (-14, 14)
     weights = np.asarray(
         split_weights(any_floats(N, 0, exponents), 16, dtype)[0], np.float32
@@ -266,12 +259,12 @@ def test_a_step_in_fewer_bits_is_near_and_right_on_average(
 
 
 @pytest.mark.parametrize("bits", [24, 16])
-def test_no_step_is_lost(bits: int) -> None:
+def test_no_step_is_lost(bits):
     """Weights of 1.0 and steps of 1e-5: a third of a unit of 24 bits."""
     params, steps = {"w": jnp.ones((32, 32), jnp.bfloat16)}, 300
     tx = with_master_weights(optax.sgd(1e-5), bits)
 
-    def ones(_: Any) -> Any:
+    def ones(_):
         return jax.tree.map(jnp.ones_like, params)
 
     moved = 1 - np.asarray(master_weights(*train(tx, params, ones, steps))["w"])
@@ -281,11 +274,11 @@ def test_no_step_is_lost(bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [16, 24, 32])
-def test_what_is_not_moved_stays(bits: int) -> None:
+def test_what_is_not_moved_stays(bits):
     start = gradients(0)
     tx = with_master_weights(optax.sgd(1e-3), bits)
 
-    def once(i: Any) -> Any:
+    def once(i):
         return jax.tree.map(lambda g: jnp.where(i == 0, g, 0), gradients(1))
 
     first, last = (train(tx, start, once, steps) for steps in (1, 100))
@@ -293,7 +286,7 @@ def test_what_is_not_moved_stays(bits: int) -> None:
     chex.assert_trees_all_equal(first[1].remainder, last[1].remainder)
 
 
-def test_elements_are_rounded_at_different_steps() -> None:
+def test_elements_are_rounded_at_different_steps():
     params = {"w": jnp.ones((64, 64), jnp.bfloat16)}
     tx = with_master_weights(optax.sgd(2.0**-9), bits=16)
     updates, _ = tx.update(params, tx.init(params), params)
@@ -310,7 +303,7 @@ WIDE = {
 }
 
 
-def test_other_leaves_are_the_optimizers() -> None:
+def test_other_leaves_are_the_optimizers():
     tx = optax.sgd(0.1, momentum=0.9)
     wrapped = with_master_weights(tx, bits=32)
     state = wrapped.init(WIDE)
@@ -327,10 +320,10 @@ def test_other_leaves_are_the_optimizers() -> None:
         assert master_weights(WIDE, state)[name] is WIDE[name]
 
 
-def test_weight_decay_and_masks_see_the_whole_weight() -> None:
+def test_weight_decay_and_masks_see_the_whole_weight():
     seen = []
 
-    def see(updates: Any, params: Any) -> Any:
+    def see(updates, params):
         seen.append(params["w"])
         return updates
 
@@ -360,12 +353,12 @@ INSIDE = AROUND | {"apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3)}
     ("wrap", "inside"),
     [(name, False) for name in AROUND] + [(name, True) for name in INSIDE],
 )
-def test_wrappers_around_and_inside(wrap: str, inside: bool) -> None:
+def test_wrappers_around_and_inside(wrap, inside):
     if (wrap, inside) == ("MultiSteps", False) and optax.__version__ == "0.2.7":
         pytest.skip("optax 0.2.7's MultiSteps changes the dtype of what it adds up")
     start = gradients(0)
 
-    def repeated(i: Any, dtype: Any = jnp.bfloat16) -> Any:
+    def repeated(i, dtype=jnp.bfloat16):
         return gradients(i // 4, dtype)
 
     tx, master = optax.adam(1e-3), functools.partial(with_master_weights, bits=32)
@@ -382,7 +375,7 @@ def test_wrappers_around_and_inside(wrap: str, inside: bool) -> None:
     assert min(jax.tree.leaves(moved)) > 1e-3
 
 
-def test_gradients_accumulated_inside_are_in_float32() -> None:
+def test_gradients_accumulated_inside_are_in_float32():
     """256 times 1 and once 1: in bfloat16 the last is lost."""
     params = {"w": jnp.ones(1, jnp.bfloat16)}
     sums = optax.MultiSteps(optax.sgd(1.0), 257, use_grad_mean=False)
@@ -394,7 +387,7 @@ def test_gradients_accumulated_inside_are_in_float32() -> None:
     np.testing.assert_array_equal(master_weights(params, state)["w"], 1.0 - 257.0)
 
 
-def test_a_job_moves_to_another_optimizer_with_its_weights() -> None:
+def test_a_job_moves_to_another_optimizer_with_its_weights():
     params = {"w": jnp.full((64, 64), 0.3, jnp.bfloat16)}
     old, new = (with_master_weights(tx) for tx in (optax.adamw(1e-3), came(1e-3)))
     with jax.numpy_dtype_promotion("standard"):  # optax.adamw needs it.
@@ -410,7 +403,7 @@ def test_a_job_moves_to_another_optimizer_with_its_weights() -> None:
             convert_state(state, params, old=old, new=other)
 
 
-def test_the_state_can_be_donated() -> None:
+def test_the_state_can_be_donated():
     params = gradients(0) | {"wide": jnp.ones(3)}
     tx = with_master_weights(came(1e-3))
     update = jax.jit(lambda g, s, p: tx.update(g, s, p), donate_argnums=(1,))
@@ -420,7 +413,7 @@ def test_the_state_can_be_donated() -> None:
     update(params, new, params)
 
 
-def test_bytes() -> None:
+def test_bytes():
     params = {"kernel": jax.ShapeDtypeStruct((256, 256), jnp.bfloat16)}
     bytes_ = {
         bits: state_memory(with_master_weights(optax.sgd(1.0), bits), params).total
@@ -429,7 +422,7 @@ def test_bytes() -> None:
     assert bytes_ == {16: 4 + 1, 24: 4 + 256**2, 32: 4 + 2 * 256**2}
 
 
-def test_errors_name_what_is_wrong() -> None:
+def test_errors_name_what_is_wrong():
     tx, params = with_master_weights(optax.sgd(0.1)), {"w": jnp.ones(3, jnp.bfloat16)}
     state = tx.init(params)
     with pytest.raises(ValueError, match="bits must be 16, 24 or 32, got 8"):

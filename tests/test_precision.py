@@ -1,7 +1,5 @@
 """In which precision what is computed, and of which parameters."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +13,7 @@ from came_optax import came, scale_by_came
 x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 
 
-def test_decay_rates_of_float64_leaves_are_float64() -> None:
+def test_decay_rates_of_float64_leaves_are_float64():
     """A vector's v and m are then known; to float32 they'd be off by 1e-4."""
     b1, b2, eps1, steps = 0.9, 0.999, 1e-30, 20
     grads = np.random.default_rng(0).normal(size=(steps, 7))
@@ -31,7 +29,7 @@ def test_decay_rates_of_float64_leaves_are_float64() -> None:
         np.testing.assert_allclose(update, m, rtol=1e-13)
 
 
-def test_bias_correction_of_float64_leaves_is_float64() -> None:
+def test_bias_correction_of_float64_leaves_is_float64():
     with x64(True):
         g = jnp.asarray(np.random.default_rng(0).normal(size=7))
         tx = scale_by_came(clipping_threshold=None, bias_correction=True)
@@ -39,11 +37,11 @@ def test_bias_correction_of_float64_leaves_is_float64() -> None:
         np.testing.assert_allclose(update, np.sign(g), rtol=1e-13)
 
 
-def is_bfloat16(params: Any) -> Any:
+def is_bfloat16(params):
     return jax.tree.map(lambda p: p.dtype == jnp.bfloat16, params)
 
 
-def decayed(params: Any, mask: Any) -> Any:
+def decayed(params, mask):
     """Returns which leaves an update without gradients makes smaller."""
     tx = came(0.1, weight_decay=0.5, weight_decay_mask=mask)
     zeros = jax.tree.map(jnp.zeros_like, params)
@@ -51,7 +49,7 @@ def decayed(params: Any, mask: Any) -> Any:
     return jax.tree.map(lambda u: bool(jnp.any(u != 0)), updates)
 
 
-def test_a_mask_by_dtype_sees_the_parameters_themselves() -> None:
+def test_a_mask_by_dtype_sees_the_parameters_themselves():
     params = {"narrow": jnp.ones((6, 5), jnp.bfloat16), "wide": jnp.ones((6, 5))}
     assert decayed(params, is_bfloat16) == {"narrow": True, "wide": False}
     assert decayed(params, {"narrow": False, "wide": True}) == {
@@ -60,8 +58,8 @@ def test_a_mask_by_dtype_sees_the_parameters_themselves() -> None:
     }
 
 
-def test_a_mask_sees_boxes_as_they_are() -> None:
-    def is_sharded(params: Any) -> Any:
+def test_a_mask_sees_boxes_as_they_are():
+    def is_sharded(params):
         is_box = lambda x: isinstance(x, nn.Partitioned)  # noqa: E731
         return jax.tree.map(is_box, params, is_leaf=is_box)
 
@@ -77,7 +75,7 @@ def test_a_mask_sees_boxes_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_weight_decay_is_rounded_once(dtype: Any) -> None:
+def test_weight_decay_is_rounded_once(dtype):
     params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(6, 5)), dtype)}
     tx = came(0.1, weight_decay=0.3)
     zeros = jax.tree.map(jnp.zeros_like, params)
@@ -86,14 +84,14 @@ def test_weight_decay_is_rounded_once(dtype: Any) -> None:
     np.testing.assert_array_equal(updates["w"], exact.astype(dtype))
 
 
-def test_schedule_free_takes_came_without_momentum() -> None:
+def test_schedule_free_takes_came_without_momentum():
     """It brings a momentum of its own; and steps would be of 10⁹ learning rates."""
     target = jnp.asarray(np.random.default_rng(0).normal(size=(6, 5)), jnp.float32)
     tx = optax.contrib.schedule_free(came(0.05, b1=0.0), 0.05, b1=0.9)
     params = jnp.zeros((6, 5))
 
     @jax.jit
-    def step(params: Any, state: Any) -> Any:
+    def step(params, state):
         updates, state = tx.update(2 * (params - target), state, params)
         return optax.apply_updates(params, updates), state
 

@@ -1,7 +1,6 @@
 """What holds for every shape, factoring and gradient."""
 
 import dataclasses
-from typing import Any
 
 import chex
 import jax
@@ -38,7 +37,7 @@ options = st.sampled_from(
 )
 
 
-def shapes(min_dims: int = 0, max_dims: int = 4) -> st.SearchStrategy[Shape]:
+def shapes(min_dims=0, max_dims=4):
     dims = st.lists(st.integers(1, 4), min_size=min_dims, max_size=max_dims)
     return dims.map(tuple)
 
@@ -49,12 +48,12 @@ class Fixed:
 
     answer: FactoredAxes | None
 
-    def axes(self, path: Any, shape: Shape) -> FactoredAxes | None:
+    def axes(self, path, shape):
         return self.answer
 
 
 @st.composite
-def factored_axes(draw: st.DrawFn, ndim: int) -> FactoredAxes:
+def factored_axes(draw, ndim):
     """Any way of using the axes for rows, columns, stacks or batches."""
     uses = draw(st.permutations(["row", "col"] + ["batch", "stack"] * ndim))[:ndim]
     roles = {
@@ -65,7 +64,7 @@ def factored_axes(draw: st.DrawFn, ndim: int) -> FactoredAxes:
     return FactoredAxes(**roles)
 
 
-def gradients(shape: Shape, seed: int = 0) -> jax.Array:
+def gradients(shape, seed=0):
     """Returns gradients of some steps, each row and column of another scale."""
     rng = np.random.default_rng(seed)
     g = rng.normal(size=(STEPS, *shape))
@@ -76,15 +75,15 @@ def gradients(shape: Shape, seed: int = 0) -> jax.Array:
     return jnp.asarray(g, jnp.float32)
 
 
-def run(tx: optax.GradientTransformation, grads: Any) -> tuple[Any, Any]:
+def run(tx, grads):
     """Returns each step's update, and the last state."""
 
-    def step(state: Any, g: Any) -> tuple[Any, Any]:
+    def step(state, g):
         updates, state = tx.update(g, state)
         return state, updates
 
     @jax.jit
-    def steps(grads: Any) -> Any:
+    def steps(grads):
         state = tx.init(jax.tree.map(lambda g: g[0], grads))
         state, updates = jax.lax.scan(step, state, grads)
         return updates, state
@@ -92,12 +91,12 @@ def run(tx: optax.GradientTransformation, grads: Any) -> tuple[Any, Any]:
     return steps(grads)
 
 
-def test_most_draws_are_factored() -> None:
+def test_most_draws_are_factored():
     factored = []
 
     @given(data=st.data(), shape=shapes(min_dims=1), rule=rules)
     @settings(max_examples=100)
-    def draw(data: st.DataObject, shape: Shape, rule: Any) -> None:
+    def draw(data, shape, rule):
         axes = data.draw(factored_axes(len(shape)))
         factored.append([bool(rule.axes((), shape)), axes.factored])
 
@@ -107,15 +106,13 @@ def test_most_draws_are_factored() -> None:
 
 @given(data=st.data(), shape=shapes(), dtype=st.sampled_from(["bfloat16", "float32"]))
 @settings(max_examples=2 * EXAMPLES)
-def test_statistics_have_the_announced_shapes(
-    data: st.DataObject, shape: Shape, dtype: str
-) -> None:
+def test_statistics_have_the_announced_shapes(data, shape, dtype):
     axes = data.draw(factored_axes(len(shape)))
     tx = scale_by_came(factoring=Fixed(axes))
     leaf = jax.ShapeDtypeStruct(shape, dtype)
     state = jax.eval_shape(tx.init, leaf)
 
-    def without(reduced: Shape) -> Shape:
+    def without(reduced):
         return tuple(n for axis, n in enumerate(shape) if axis not in reduced)
 
     row, col = without(axes.col), without(axes.row)
@@ -133,9 +130,7 @@ def test_statistics_have_the_announced_shapes(
 
 @given(data=st.data(), shape=shapes(min_dims=1), rule=rules, kwargs=options)
 @settings(max_examples=EXAMPLES // 2)
-def test_a_stack_equals_its_layers(
-    data: st.DataObject, shape: Shape, rule: Any, kwargs: dict[str, Any]
-) -> None:
+def test_a_stack_equals_its_layers(data, shape, rule, kwargs):
     axis = data.draw(st.integers(-len(shape), len(shape) - 1))
     grads = gradients(shape)
     layers = jnp.unstack(grads, axis=axis % len(shape) + 1)
@@ -150,9 +145,7 @@ def test_a_stack_equals_its_layers(
 @pytest.mark.slow
 @given(shape=shapes(), kwargs=options, answer=st.sampled_from([None, FactoredAxes()]))
 @settings(max_examples=EXAMPLES // 2)
-def test_factoring_nothing_equals_a_vector(
-    shape: Shape, kwargs: dict[str, Any], answer: FactoredAxes | None
-) -> None:
+def test_factoring_nothing_equals_a_vector(shape, kwargs, answer):
     grads = gradients(shape)
     whole, _ = run(came(1e-2, factoring=Fixed(answer), **kwargs), grads)
     flat, _ = run(came(1e-2, **kwargs), grads.reshape(STEPS, -1))
@@ -162,13 +155,11 @@ def test_factoring_nothing_equals_a_vector(
 @pytest.mark.slow
 @given(data=st.data(), shape=shapes(min_dims=2), kwargs=options)
 @settings(max_examples=EXAMPLES // 2)
-def test_permuted_axes_permute_the_update(
-    data: st.DataObject, shape: Shape, kwargs: dict[str, Any]
-) -> None:
+def test_permuted_axes_permute_the_update(data, shape, kwargs):
     axes = data.draw(factored_axes(len(shape)))
     order = data.draw(st.permutations(range(len(shape))))
 
-    def moved(some: Shape) -> Shape:
+    def moved(some):
         return tuple(order.index(axis) for axis in some)
 
     # Rows and columns change places too: neither is special.
@@ -186,9 +177,7 @@ def test_permuted_axes_permute_the_update(
 @pytest.mark.slow
 @given(shape=shapes(), rule=rules, exponent=st.integers(-20, 20))
 @settings(max_examples=EXAMPLES // 2)
-def test_u_is_invariant_to_the_scale_of_gradients(
-    shape: Shape, rule: Any, exponent: int
-) -> None:
+def test_u_is_invariant_to_the_scale_of_gradients(shape, rule, exponent):
     grads = gradients(shape)
     tx = scale_by_factored_moment(factoring=rule)
     u, state = run(tx, grads)
@@ -204,9 +193,7 @@ def test_u_is_invariant_to_the_scale_of_gradients(
 @pytest.mark.slow
 @given(shape=shapes(), rule=rules, kwargs=options)
 @settings(max_examples=EXAMPLES // 2)
-def test_opposite_gradients_give_opposite_updates(
-    shape: Shape, rule: Any, kwargs: dict[str, Any]
-) -> None:
+def test_opposite_gradients_give_opposite_updates(shape, rule, kwargs):
     tx, grads = came(1e-2, factoring=rule, **kwargs), gradients(shape)
     updates, opposite = run(tx, {"g": grads, "-g": -grads})[0].values()
     chex.assert_trees_all_equal(opposite, -updates)
@@ -215,9 +202,7 @@ def test_opposite_gradients_give_opposite_updates(
 @pytest.mark.slow
 @given(shape=shapes(), rule=rules, angle=st.floats(0, 6))
 @settings(max_examples=EXAMPLES // 2)
-def test_complex_gradients_turn_the_update(
-    shape: Shape, rule: Any, angle: float
-) -> None:
+def test_complex_gradients_turn_the_update(shape, rule, angle):
     grads, turn = gradients(shape), jnp.asarray(np.exp(1j * angle), jnp.complex64)
     tx = came(1e-2, factoring=rule)
     real, turned = run(tx, [grads, turn * grads.astype(jnp.complex64)])[0]
@@ -227,9 +212,7 @@ def test_complex_gradients_turn_the_update(
 
 @given(shape=shapes(), rule=rules, limit=st.sampled_from([0.01, 0.5, 1.0]))
 @settings(max_examples=EXAMPLES // 2)
-def test_both_clips_bound_the_root_mean_square(
-    shape: Shape, rule: Any, limit: float
-) -> None:
+def test_both_clips_bound_the_root_mean_square(shape, rule, limit):
     # Without momentum, mu is the clipped u.
     tx = scale_by_came(
         b1=0.0,

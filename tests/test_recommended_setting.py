@@ -9,12 +9,12 @@ import pytest
 from came_optax import scale_by_came, steady_came
 
 
-def steady(**options) -> optax.GradientTransformation:
+def steady(**options):
     """Its updates in learning rates, not yet turned downhill."""
     return optax.chain(steady_came(1.0, **options), optax.scale(-1.0))
 
 
-def distance_of_a_rare_row(tx, silent: int, rows: int) -> float:
+def distance_of_a_rare_row(tx, silent, rows):
     """How far one gradient moves a row that had none, in learning rates."""
 
     def step(carry, key):
@@ -36,7 +36,7 @@ def distance_of_a_rare_row(tx, silent: int, rows: int) -> float:
 
 @pytest.mark.slow(but=1)
 @pytest.mark.parametrize("rows", [16, 256])
-def test_rare_row_moves_less_than_half_as_far_as_under_adam(rows: int):
+def test_rare_row_moves_less_than_half_as_far_as_under_adam(rows):
     silent = 2000
     with jax.numpy_dtype_promotion("standard"):
         adam = distance_of_a_rare_row(optax.scale_by_adam(), silent, rows)

@@ -5,8 +5,6 @@ formulas written once more in NumPy, in float64.
 """
 
 import functools
-from collections.abc import Iterator
-from typing import Any
 from unittest import mock
 
 import jax
@@ -40,7 +38,7 @@ SHAPES = {
     "stack": (3, 40, 48),
     "heads": (32, 4, 16),
 }
-OPTIONS: dict[str, dict[str, Any]] = {
+OPTIONS = {
     "published": {},
     "steady": {
         "b2": 0.95,
@@ -58,7 +56,7 @@ RULE = ByPath({"stack": Stacked(), "heads": BalancedSplit()})
 x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 
 
-def gradients(step: int, dtype: Any) -> dict[str, jax.Array]:
+def gradients(step, dtype):
     rng = np.random.default_rng(step)
     grads = {}
     for name, shape in SHAPES.items():
@@ -70,12 +68,12 @@ def gradients(step: int, dtype: Any) -> dict[str, jax.Array]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def fresh_traces() -> Iterator[None]:
+def fresh_traces():
     yield
     jax.clear_caches()
 
 
-def run(tx: Any, schedule: Any, dtype: Any) -> list[tuple[Any, Any]]:
+def run(tx, schedule, dtype):
     """Returns the updates and the state of each step by one schedule."""
     platforms = {} if schedule is None else {"cpu": schedule}
     with mock.patch.dict(schedules.BY_PLATFORM, platforms, clear=True):
@@ -87,7 +85,7 @@ def run(tx: Any, schedule: Any, dtype: Any) -> list[tuple[Any, Any]]:
     return steps
 
 
-def far(x: Any, y: Any) -> float:
+def far(x, y):
     """Returns the largest difference, in standard deviations of what is expected.
 
     Where all numbers are alike but for their rounding, it is relative to them.
@@ -99,14 +97,14 @@ def far(x: Any, y: Any) -> float:
     return float(np.abs(x - y).max() / max(scale, 1e-30))
 
 
-def assert_close(found: Any, expected: Any, tolerance: float) -> None:
+def assert_close(found, expected, tolerance):
     for (path, x), y in zip(
         jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True
     ):
         assert far(x, y) <= tolerance, jax.tree_util.keystr(path)
 
 
-def share_of_far(found: Any, expected: Any, tolerance: float) -> float:
+def share_of_far(found, expected, tolerance):
     """Returns how many numbers differ by more standard deviations than that."""
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
     differ = [
@@ -119,7 +117,7 @@ def share_of_far(found: Any, expected: Any, tolerance: float) -> float:
 
 
 @functools.cache
-def plain(options: str, mu_dtype: str) -> Any:
+def plain(options, mu_dtype):
     tx = scale_by_came(**OPTIONS[options], factoring=RULE, mu_dtype=mu_dtype)
     return run(tx, None, np.float32)
 
@@ -128,7 +126,7 @@ def plain(options: str, mu_dtype: str) -> Any:
 @pytest.mark.parametrize("mu_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("platform", SCHEDULES)
-def test_values(platform: str, options: str, mu_dtype: str) -> None:
+def test_values(platform, options, mu_dtype):
     tx = scale_by_came(**OPTIONS[options], factoring=RULE, mu_dtype=mu_dtype)
     found = run(tx, SCHEDULES[platform], np.float32)
     expected = plain(options, mu_dtype)
@@ -144,7 +142,7 @@ def test_values(platform: str, options: str, mu_dtype: str) -> None:
 @pytest.mark.slow(but=2)
 @pytest.mark.parametrize("dtype", [np.complex64, np.float64, np.complex128])
 @pytest.mark.parametrize("platform", SCHEDULES)
-def test_complex_and_double(platform: str, dtype: Any) -> None:
+def test_complex_and_double(platform, dtype):
     with x64(True):
         for options in ("published", "steady"):
             tx = scale_by_came(**OPTIONS[options])
@@ -156,7 +154,7 @@ def test_complex_and_double(platform: str, dtype: Any) -> None:
 @pytest.mark.slow(but=2)
 @pytest.mark.parametrize("mu_dtype", ["int8", "int4"])
 @pytest.mark.parametrize("platform", SCHEDULES)
-def test_codes(platform: str, mu_dtype: str) -> None:
+def test_codes(platform, mu_dtype):
     """The first step is exact; a rounding error may give another code afterwards."""
     tx = scale_by_came(mu_dtype=mu_dtype)
     found = run(tx, SCHEDULES[platform], np.float32)
@@ -177,25 +175,25 @@ def test_codes(platform: str, mu_dtype: str) -> None:
 
 
 @pytest.mark.parametrize("platform", SCHEDULES)
-def test_each_half_alone(platform: str) -> None:
+def test_each_half_alone(platform):
     for tx in (scale_by_factored_moment(), scale_by_confidence(nesterov=True)):
         found = run(tx, SCHEDULES[platform], np.float32)
         assert_close(found, run(tx, None, np.float32), 1e-5)
 
 
 @pytest.mark.parametrize("platform", SCHEDULES)
-def test_momentum_alone(platform: str) -> None:
+def test_momentum_alone(platform):
     tx = quantized_ema(0.9, mu_dtype="float32", nesterov=True)
     found = run(tx, SCHEDULES[platform], np.float32)
     assert_close(found, run(tx, None, np.float32), 1e-5)
 
 
-def off(function: Any) -> Any:
+def off(function):
     """Returns a function whose result is a thousandth too large."""
     return lambda *args: jax.tree.map(lambda x: 1.001 * x, function(*args))
 
 
-WRONG: dict[str, list[tuple[Any, str, Any]]] = {
+WRONG = {
     "cpu": [
         (cpu, "mean_square", off(cpu.mean_square)),
         (cpu, "when_known", off(cpu.when_known)),
@@ -211,7 +209,7 @@ WRONG: dict[str, list[tuple[Any, str, Any]]] = {
     ("platform", "term"),
     [(p, i) for p, terms in WRONG.items() for i in range(len(terms))],
 )
-def test_a_wrong_term_is_found(platform: str, term: int) -> None:
+def test_a_wrong_term_is_found(platform, term):
     module, name, function = WRONG[platform][term]
     with mock.patch.object(module, name, function):
         jax.clear_caches()
@@ -224,7 +222,7 @@ def test_a_wrong_term_is_found(platform: str, term: int) -> None:
         assert_close(found, expected, 1e-5)
 
 
-def paper(grads: list[np.ndarray], h: algorithm.Hyperparameters) -> np.ndarray:
+def paper(grads, h):
     """Algorithm 2 of a matrix in NumPy, as the paper has it: its last update."""
     n, k = grads[0].shape
     r, c, big_r, big_c, m = np.zeros((n, 1)), np.zeros((1, k)), 0.0, 0.0, 0.0
@@ -241,7 +239,7 @@ def paper(grads: list[np.ndarray], h: algorithm.Hyperparameters) -> np.ndarray:
     return update
 
 
-def test_the_algorithm_is_the_papers() -> None:
+def test_the_algorithm_is_the_papers():
     with x64(True):
         grads = [np.random.default_rng(i).normal(size=(6, 9)) for i in range(20)]
         tx = scale_by_came()

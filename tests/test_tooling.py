@@ -4,8 +4,6 @@ import pathlib
 import re
 import tomllib
 
-import pytest
-
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -30,7 +28,7 @@ def test_documented_make_targets_are_there():
         assert set(named) <= targets
 
 
-def test_every_file_has_tests_that_are_quick(request: pytest.FixtureRequest):
+def test_every_file_has_tests_that_are_quick(request):
     items = request.session.items
     quick = {item.path for item in items if item.get_closest_marker("slow") is None}
     assert quick == {item.path for item in items}

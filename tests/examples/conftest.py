@@ -1,13 +1,12 @@
 """Settings that the examples' tests share."""
 
 import signal
-from collections.abc import Iterator
 
 import pytest
 
 
 @pytest.fixture(autouse=True)
-def same_ctrl_c() -> Iterator[None]:
+def same_ctrl_c():
     """Ctrl-C raises: what is started in the background would ignore it.
 
     And it does so again after `command_line.run`, which lets it end the process.

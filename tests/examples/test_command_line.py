@@ -5,7 +5,6 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 import pytest
@@ -21,15 +20,13 @@ from training.optimizers import OptimizerOptions
 GROUPS = [TextOptions, OptimizerOptions, TrainingOptions]
 
 
-def parse(monkeypatch: pytest.MonkeyPatch, *arguments: str, **defaults: Any) -> dict:
+def parse(monkeypatch, *arguments, **defaults):
     monkeypatch.setattr(sys, "argv", ["script.py", *arguments])
     groups = command_line.parse_without_run("", GROUPS, **defaults)
     return {name: value for group in groups for name, value in vars(group).items()}
 
 
-def run(
-    main: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> tuple[int, str]:
+def run(main, monkeypatch, capsys):
     """Returns the exit code and what stands on stderr."""
     monkeypatch.setattr(sys, "argv", ["script.py", *sys.argv[1:]])
     monkeypatch.setattr(command_line, "connect", lambda: None)
@@ -53,12 +50,12 @@ def run(
         ),
     ],
 )
-def test_options(arguments: list[str], expected: dict, monkeypatch):
+def test_options(arguments, expected, monkeypatch):
     values = parse(monkeypatch, *arguments, steps=7)
     assert {name: values[name] for name in expected} == expected
 
 
-def test_options_come_from_a_file_and_back(tmp_path: Path, monkeypatch, capsys):
+def test_options_come_from_a_file_and_back(tmp_path, monkeypatch, capsys):
     given = ["--factoring=came_optax.LargestTwoAxes", "--b3=0.5", "--text=a"]
     values = parse(monkeypatch, *given)
     config = tmp_path / "config.yaml"
@@ -91,9 +88,7 @@ def test_options_come_from_a_file_and_back(tmp_path: Path, monkeypatch, capsys):
         ("--text=caf\udce9", r"'--text=caf\udce9': not UTF-8"),
     ],
 )
-def test_a_wrong_option_is_named_with_what_is_allowed(
-    argument: str, message: str, monkeypatch
-):
+def test_a_wrong_option_is_named_with_what_is_allowed(argument, message, monkeypatch):
     with pytest.raises(UserError) as caught:
         parse(monkeypatch, argument)
     assert message in str(caught.value)
@@ -125,13 +120,13 @@ def test_help_has_a_group_for_each_dataclass(monkeypatch, capsys):
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
 def test_what_is_no_fault_of_the_program_is_a_line(
-    error: BaseException, code: int, message: str, tmp_path: Path, monkeypatch, capsys
+    error, code, message, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
     Path("my run/checkpoints/7").mkdir(parents=True)
     Path("my run/checkpoints/7/SHA256SUMS").touch()
 
-    def main() -> None:
+    def main():
         options = folder.RunOptions(output="my run", resume=True)
         with folder.claim("name", options):
             raise error
@@ -157,7 +152,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
-def test_a_process_without_a_stream_runs(stream: str, monkeypatch):
+def test_a_process_without_a_stream_runs(stream, monkeypatch):
     monkeypatch.setattr(sys, stream, None)
     monkeypatch.setattr(command_line, "connect", lambda: None)
     with pytest.raises(SystemExit) as caught:
@@ -187,7 +182,7 @@ def test_what_a_terminal_cannot_show_is_escaped(encoding, text, monkeypatch):
     ],
 )
 def test_a_platform_that_is_not_there_is_named(error, message, monkeypatch):
-    def default_backend() -> str:
+    def default_backend():
         raise error
 
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
@@ -233,7 +228,7 @@ SLURM = {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 def test_only_tasks_of_srun_join_each_other(environment, joins, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    calls: list[int] = []
+    calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda: calls.append(1))
     command_line.connect()
     assert len(calls) == joins

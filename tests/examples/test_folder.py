@@ -4,7 +4,6 @@ import errno
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import chex
@@ -20,16 +19,16 @@ from training.step import TrainState
 
 
 @pytest.fixture(autouse=True)
-def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def make_state(step: int, width: int = 3, dtype: str = "float32") -> TrainState:
+def make_state(step, width=3, dtype="float32"):
     values = jnp.arange(width, dtype=dtype) + jnp.asarray(step, dtype)
     return TrainState(jnp.asarray(step), {"w": values}, (values, {"count": values[0]}))
 
 
-def shapes(state: TrainState | None = None) -> TrainState:
+def shapes(state=None):
     return jax.jit(lambda: state or make_state(0)).eval_shape()
 
 
@@ -103,7 +102,7 @@ def test_the_newest_two_are_kept():
 
 @pytest.mark.parametrize("older", [(), (2,)])
 @pytest.mark.parametrize("half", ["4", "4.orbax-checkpoint-tmp"])
-def test_a_half_written_one_is_none(half: str, older: tuple[int, ...]):
+def test_a_half_written_one_is_none(half, older):
     checkpoints = Checkpoints(Path())
     for step in older:
         checkpoints.save(make_state(step))
@@ -123,7 +122,7 @@ def test_a_half_written_one_is_none(half: str, older: tuple[int, ...]):
     ],
     ids=["shape", "dtype", "structure"],
 )
-def test_another_model_or_optimizer_is_refused(other: TrainState, message: str):
+def test_another_model_or_optimizer_is_refused(other, message):
     Checkpoints(Path()).save(make_state(2))
     with pytest.raises(UserError, match=message):
         Checkpoints(Path()).restore(shapes(other))
@@ -139,7 +138,7 @@ def test_a_state_of_other_containers_is_restored():
     chex.assert_trees_all_equal(restored, other)
 
 
-def damaging(path: Path) -> Iterator[str]:
+def damaging(path):
     """Damages a file in each way and yields how."""
     content = path.read_bytes()
     for name, changed in (
@@ -194,7 +193,7 @@ def test_checksums_are_what_sha256sum_reads():
 def test_a_full_disk_is_one_line_and_leaves_what_is_saved(monkeypatch):
     Checkpoints(Path()).save(make_state(2))
 
-    def fallocate(*_: object) -> None:
+    def fallocate(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", fallocate)

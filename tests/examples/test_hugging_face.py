@@ -5,7 +5,6 @@ import errno
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import chex
 import jax
@@ -62,7 +61,7 @@ NO_SIZES = {"relative_attention_max_distance", "decoder_start_token_id"}
 
 
 @pytest.fixture(params=MODELS)
-def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+def saved(request, tmp_path):
     """Saves a model in tmp_path and returns it."""
     build, config = MODELS[request.param]
     model = nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0)))
@@ -76,25 +75,25 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     return model
 
 
-def load(folder: Path, build: Any) -> nnx.State:
+def load(folder, build):
     config = hugging_face.load_config(folder, CONFIGS[build])
     model = nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0)))
     return hugging_face.load_params(folder, config, nnx.state(model, nnx.Param))
 
 
-def test_what_is_saved_is_loaded(saved: Any, tmp_path: Path):
+def test_what_is_saved_is_loaded(saved, tmp_path):
     assert hugging_face.load_config(tmp_path, type(saved.config)) == saved.config
     loaded = load(tmp_path, type(saved))
     chex.assert_trees_all_equal(loaded, nnx.state(saved, nnx.Param))
 
 
-def change(folder: Path, **values: Any) -> None:
+def change(folder, **values):
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 @pytest.mark.parametrize("value", [10**6, 10**30])
-def test_huge_sizes_are_refused_soon(value: int, saved: Any, tmp_path: Path):
+def test_huge_sizes_are_refused_soon(value, saved, tmp_path):
     before = (tmp_path / "config.json").read_text()
     for name, size in dataclasses.asdict(saved.config).items():
         if type(size) is int and name not in NO_SIZES:
@@ -108,10 +107,10 @@ def test_huge_sizes_are_refused_soon(value: int, saved: Any, tmp_path: Path):
 class TestWhatDoesNotFit:
     """One line that names the file, what is there and what is wanted."""
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder):
         load(folder, bert.MaskedLM)
 
-    def test_config(self, saved: Any, tmp_path: Path):
+    def test_config(self, saved, tmp_path):
         change(tmp_path, hidden_act="relu")
         with pytest.raises(UserError, match="hidden_act is 'relu'; only 'gelu'"):
             self.load(tmp_path)
@@ -125,12 +124,12 @@ class TestWhatDoesNotFit:
         with pytest.raises(UserError, match=r"config\.json: No such file"):
             self.load(tmp_path)
 
-    def test_shapes(self, saved: Any, tmp_path: Path):
+    def test_shapes(self, saved, tmp_path):
         change(tmp_path, vocab_size=12)
         with pytest.raises(UserError, match=r"has shape \(11, 12\); .* \(12, 12\)"):
             self.load(tmp_path)
 
-    def test_parameters(self, saved: Any, tmp_path: Path):
+    def test_parameters(self, saved, tmp_path):
         path = tmp_path / "model.safetensors"
         tensors = safetensors.numpy.load_file(path)
         bias = tensors["cls.predictions.bias"]
@@ -149,7 +148,7 @@ class TestWhatDoesNotFit:
         with pytest.raises(UserError, match=r"no model\.safetensors in it"):
             self.load(tmp_path)
 
-    def test_tokenizer(self, saved: Any, tmp_path: Path):
+    def test_tokenizer(self, saved, tmp_path):
         with pytest.raises(UserError, match=r"tokenizer\.json: not a tokenizer"):
             tokenization.load(tmp_path, 11)
         vocabulary = {f"token {k}": k for k in range(12)}
@@ -175,19 +174,17 @@ class TestWhatDoesNotFit:
             ({"is_decoder": True}, "is_decoder is True; only False is implemented"),
         ],
     )
-    def test_values(
-        self, saved: Any, tmp_path: Path, value: dict[str, Any], message: str
-    ):
+    def test_values(self, saved, tmp_path, value, message):
         change(tmp_path, **value)
         with pytest.raises(UserError, match=rf"config\.json: {message}"):
             self.load(tmp_path)
 
-    def test_json_that_is_no_object(self, saved: Any, tmp_path: Path):
+    def test_json_that_is_no_object(self, saved, tmp_path):
         (tmp_path / "config.json").write_text("[1, 2]")
         with pytest.raises(UserError, match=r"config\.json: must be an object"):
             self.load(tmp_path)
 
-    def test_names_of_early_checkpoints(self, saved: Any, tmp_path: Path):
+    def test_names_of_early_checkpoints(self, saved, tmp_path):
         path = tmp_path / "model.safetensors"
         tensors = {
             name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
@@ -202,7 +199,7 @@ class TestWhatDoesNotFit:
 
 @pytest.mark.parametrize("saved", ["t5-v1.0"], indirect=True)
 class TestT5:
-    def test_absent_fields_are_theirs(self, saved: Any, tmp_path: Path):
+    def test_absent_fields_are_theirs(self, saved, tmp_path):
         path = tmp_path / "config.json"
         path.write_text('{"model_type": "t5", "num_layers": 3}')
         config = hugging_face.load_config(tmp_path, t5.T5Config)
@@ -211,27 +208,25 @@ class TestT5:
         assert config.feed_forward_proj == "relu"
         assert config.tie_word_embeddings and config.scale_decoder_outputs
 
-    def test_unknown_activation(self, saved: Any, tmp_path: Path):
+    def test_unknown_activation(self, saved, tmp_path):
         change(tmp_path, feed_forward_proj="gated-silu")
         with pytest.raises(UserError, match="'gated-silu'; only 'relu' or 'gated"):
             hugging_face.load_config(tmp_path, t5.T5Config)
 
-    def test_an_untied_head_must_be_there(self, saved: Any, tmp_path: Path):
+    def test_an_untied_head_must_be_there(self, saved, tmp_path):
         change(tmp_path, tie_word_embeddings=False)
         with pytest.raises(UserError, match=r"false in config\.json, but no lm_head"):
             hugging_face.load_config(tmp_path, t5.T5Config)
 
 
-def test_a_full_disk_leaves_the_model_that_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_full_disk_leaves_the_model_that_was_there(tmp_path, monkeypatch):
     build, config = MODELS["gpt2"]
     model = nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0)))
     nnx.update(model, jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param)))
     hugging_face.save(tmp_path, model)
     before = (tmp_path / "model.safetensors").read_bytes()
 
-    def write_bytes(path: Path, content: bytes) -> None:
+    def write_bytes(path, content):
         with path.open("wb") as file:
             file.write(content[:100])
         raise OSError(errno.ENOSPC, "No space left on device")

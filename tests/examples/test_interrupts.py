@@ -22,7 +22,7 @@ ARGUMENTS = [
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory):
+def start(tmp_path_factory):
     """Starts the script in a new process on one device."""
     folder = tmp_path_factory.mktemp("it's ünder $HOME; ")
     sentences = (f"Sentence {i} says {i * i} times {i % 7}.\n" for i in range(2_000))
@@ -35,7 +35,7 @@ def start(tmp_path_factory: pytest.TempPathFactory):
         "XLA_FLAGS": "",
     }
 
-    def start_process(command: str, cwd: Path = folder) -> subprocess.Popen[str]:
+    def start_process(command, cwd=folder):
         return subprocess.Popen(
             ["sh", "-c", command, "sh", sys.executable, str(SCRIPT), *ARGUMENTS],
             cwd=cwd,
@@ -76,9 +76,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on_and_a_full_disk_keeps_that(start):
     assert f"in {step + 2} steps" in output
 
 
-def test_metrics_on_a_full_disk_name_the_file(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-):
+def test_metrics_on_a_full_disk_name_the_file(tmp_path, capfd):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, before[1]))
     try:
@@ -91,7 +89,7 @@ def test_metrics_on_a_full_disk_name_the_file(
     assert capfd.readouterr().err == ""
 
 
-def test_tensorboard_hides_what_is_written_again(tmp_path: Path):
+def test_tensorboard_hides_what_is_written_again(tmp_path):
     with metrics.MetricsWriter(tmp_path, 4) as writer:
         writer.write(5, loss=1.5)
     (path,) = (tmp_path / "tensorboard").iterdir()

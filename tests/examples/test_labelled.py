@@ -2,7 +2,6 @@
 
 import csv
 import itertools
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,14 +33,14 @@ def test_a_text_stays_in_its_part_whatever_its_case_and_spaces():
             assert " ".join(row.text.capitalize().split()) in texts
 
 
-def test_csv(tmp_path: Path):
+def test_csv(tmp_path):
     path = tmp_path / "mine.csv"
     path.write_text('label,text\nx,"One,\ntwo"\ny,Three\nx,three \n')
     rows = labelled.load(LabelledTextOptions(csv=str(path)))
     assert rows == [Labelled("One,\ntwo", "x"), Labelled("Three", "y")]
 
 
-def test_csv_of_a_spreadsheet_with_long_texts_and_many_labels(tmp_path: Path):
+def test_csv_of_a_spreadsheet_with_long_texts_and_many_labels(tmp_path):
     path = tmp_path / "mine.csv"
     limit = csv.field_size_limit()
     lines = [f"{'x' * 200_000} {i},label {i}" for i in range(2)]
@@ -64,7 +63,7 @@ def test_csv_of_a_spreadsheet_with_long_texts_and_many_labels(tmp_path: Path):
         ("text,label\nOne,x\nTwo,x\n", "needs texts with two labels or more"),
     ],
 )
-def test_wrong_csv(tmp_path: Path, content: str, message: str):
+def test_wrong_csv(tmp_path, content, message):
     path = tmp_path / "mine.csv"
     path.write_text(content)
     with pytest.raises(UserError, match=f"mine.csv: {message}"):
@@ -76,7 +75,7 @@ def test_too_few_to_split():
         labelled.split(ROWS[:2])
 
 
-def test_examples_are_cut_and_padded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_examples_are_cut_and_padded(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     tokenizer = masking.wordpiece([row.text for row in ROWS], 100)
     rows = [Labelled("many", "b"), Labelled("Sentence 12 of many, many, many", "a")]
@@ -89,9 +88,7 @@ def test_examples_are_cut_and_padded(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (short["label"], long["label"]) == (1, 0)
 
 
-def test_a_length_without_a_place_for_text_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_length_without_a_place_for_text_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     tokenizer = masking.wordpiece([row.text for row in ROWS], 100)
     with pytest.raises(UserError, match="--seq-len 2: must be at least 3"):

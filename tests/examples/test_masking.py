@@ -8,12 +8,12 @@ from data.masking import Masking
 MASKING = Masking(cls=2, sep=3, mask=4, special=5, vocab_size=50)
 
 
-def masked(tokens: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+def masked(tokens, seed):
     return MASKING({"tokens": tokens}, np.random.default_rng(seed))
 
 
 @pytest.mark.parametrize("length", [1, 20, 126])
-def test_frame_and_targets(length: int):
+def test_frame_and_targets(length):
     tokens = np.random.default_rng(0).integers(5, 50, length)
     record = masked(tokens, 1)
     framed = np.concatenate([[2], tokens, [3]])

@@ -23,12 +23,12 @@ def make(build, config, **others):
 
 
 @pytest.fixture(scope="module")
-def masked_lm() -> bert.MaskedLM:
+def masked_lm():
     return make(bert.MaskedLM, BERT)
 
 
 @pytest.fixture(scope="module")
-def text_to_text() -> t5.T5:
+def text_to_text():
     return make(t5.T5, T5)
 
 
@@ -56,7 +56,7 @@ def text_to_text() -> t5.T5:
     ],
 )
 def test_sizes_are_the_published_ones(build, config, layers, parameters):
-    def count(n: int) -> int:
+    def count(n):
         few = dataclasses.replace(config, **dict.fromkeys(layers, n))
         model = nnx.eval_shape(lambda: build(few, rngs=nnx.Rngs(0)))
         return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
@@ -99,7 +99,7 @@ def test_what_no_model_has_is_refused(build, message):
         build()
 
 
-def differs(one: jax.Array, other: jax.Array) -> list[bool]:
+def differs(one, other):
     """Tells at which positions (B, L, V) differ."""
     return np.asarray(one != other).any(axis=(0, 2)).tolist()
 
@@ -135,7 +135,7 @@ def test_sampling_keeps_the_prompt_and_follows_the_seed():
     assert len(first) == 8
 
 
-def test_bert_predicts_at_positions_what_it_does_at_all(masked_lm: bert.MaskedLM):
+def test_bert_predicts_at_positions_what_it_does_at_all(masked_lm):
     tokens_BxL = jnp.arange(14).reshape(2, 7) % 11
     positions_BxK = jnp.array([[0, 6, 3], [5, 5, 1]])
     logits_BxKxV = nnx.jit(masked_lm)(tokens_BxL, positions_BxK)
@@ -168,7 +168,7 @@ def test_dropout_acts_with_rngs_alone():
     chex.assert_trees_all_equal(without(model), without(model))
 
 
-def test_t5_targets_see_all_inputs_and_no_later_target(text_to_text: t5.T5):
+def test_t5_targets_see_all_inputs_and_no_later_target(text_to_text):
     logits = nnx.jit(text_to_text)(INPUTS_1xL, TARGETS_1xM)
     changed = nnx.jit(text_to_text)(INPUTS_1xL, TARGETS_1xM.at[0, 3].set(10))
     assert differs(logits, changed) == [False] * 3 + [True] * 3
@@ -194,7 +194,7 @@ def test_t5_buckets_are_exact_nearby_and_logarithmic_beyond():
 
 
 @pytest.mark.parametrize("pooling", classifier.POOLINGS)
-def test_classifier_pools_what_is_no_padding(pooling: str):
+def test_classifier_pools_what_is_no_padding(pooling):
     config = dataclasses.replace(BERT, initializer_range=0.5)
     model = make(classifier.Classifier, config, classes=3, pooling=pooling)
     tokens = jnp.arange(16).reshape(2, 8) % 11

@@ -13,9 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import chex
 import jax
@@ -95,26 +93,26 @@ seeds = [0, 1]
 """
 
 
-def make_state(step: int) -> TrainState:
+def make_state(step):
     rng = np.random.default_rng(step)
     params = {str(k): jnp.asarray(rng.normal(size=(31, 17))) for k in range(5)}
     mu = jax.tree.map(lambda p: (100 * p).astype(jnp.int8), params)
     return TrainState(jnp.asarray(step), params, ({"mu": mu}, jnp.asarray(step)))
 
 
-def shapes() -> TrainState:
+def shapes():
     return jax.jit(lambda: make_state(0)).eval_shape()
 
 
 @pytest.fixture
-def saved(tmp_path: Path) -> Path:
+def saved(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     for step in 2, 4:
         checkpoints.save(make_state(step))
     return tmp_path / "checkpoints" / "4"
 
 
-def check_refused(newest: Path, what: str) -> None:
+def check_refused(newest, what):
     """The damaged one is refused in a line, and what the line says works."""
     checkpoints = Checkpoints(newest.parents[1])
     with pytest.raises(UserError) as caught:
@@ -125,11 +123,11 @@ def check_refused(newest: Path, what: str) -> None:
     assert message.endswith("delete that folder to go on from step 2, which is sound")
 
 
-def files_of(newest: Path) -> list[Path]:
+def files_of(newest):
     return sorted(path for path in newest.rglob("*") if path.is_file())
 
 
-def test_no_flipped_bit_is_loaded(saved: Path):
+def test_no_flipped_bit_is_loaded(saved):
     rng = random.Random(0)
     files = [path for path in files_of(saved) if path.stat().st_size]
     for k in range(FLIPS):
@@ -147,7 +145,7 @@ def test_no_flipped_bit_is_loaded(saved: Path):
     chex.assert_trees_all_equal(restored, make_state(2))
 
 
-def test_no_damaged_file_is_loaded(saved: Path):
+def test_no_damaged_file_is_loaded(saved):
     rng = random.Random(0)
     for k in range(DAMAGED):
         path = rng.choice(files_of(saved))
@@ -176,7 +174,7 @@ def test_no_damaged_file_is_loaded(saved: Path):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory):
     """A folder with a text, documents and a CSV file."""
     folder = tmp_path_factory.mktemp("kills")
     lines = [f"The quick brown fox {i} jumps over {i * i} dogs.\n" for i in range(400)]
@@ -191,13 +189,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(folder: Path, script: str, output: str, *arguments: str) -> Any:
+def start(folder, script, output, *arguments):
     flag = "--folder" if script == "gpt2_in_one_file" else "--output"
     path = str(ROOT / "examples" / f"{script}.py")
     return launch(folder, [sys.executable, path, flag, output, *arguments])
 
 
-def launch(folder: Path, command: list[str]) -> Any:
+def launch(folder, command):
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "XDG_CACHE_HOME": str(folder / "cache"),
@@ -216,19 +214,19 @@ def launch(folder: Path, command: list[str]) -> Any:
     )
 
 
-def finish(process: Any) -> float:
+def finish(process):
     began = time.monotonic()
     _, error = process.communicate()
     assert (process.returncode, lines_of(error)) == (0, [])
     return time.monotonic() - began
 
 
-def lines_of(error: str) -> list[str]:
+def lines_of(error):
     """Returns what is ours: on a busy machine libraries say that things take long."""
     return [line for line in error.splitlines() if not line.startswith("WARNING:")]
 
 
-def signs_of(script: str) -> dict[str, str]:
+def signs_of(script):
     """Patterns of what is in a run's folder when it is about to save, and to end."""
     if script == "compare_optimizers":
         return {"first": "runs.jsonl", "last": "*.md"}
@@ -236,7 +234,7 @@ def signs_of(script: str) -> dict[str, str]:
     return {"first": f"{states}*4*", "last": f"{states}12"}
 
 
-def go_on(place: Path, name: str, script: str, error: str) -> Any:
+def go_on(place, name, script, error):
     """Starts what is to be started next, as a user would who reads."""
     if "Continue: " in error:
         return launch(place, ["sh", "-c", "exec " + error.partition(" && ")[2]])
@@ -245,14 +243,14 @@ def go_on(place: Path, name: str, script: str, error: str) -> Any:
     return start(place, script, name, *SCRIPTS[script])
 
 
-def wait(process: Any, folder: Path, sign: str, rng: random.Random) -> None:
+def wait(process, folder, sign, rng):
     """Waits for an instant soon after the folder has what the sign stands for."""
     while process.poll() is None and not any(folder.glob(sign)):
         time.sleep(0.001)
     time.sleep(rng.choice([0.05, 0.5, 2]) * rng.random())
 
 
-def check_told(script: str, process: Any, number: int, error: str) -> None:
+def check_told(script, process, number, error):
     """A kill by a signal says nothing, all else ends in a line that leads on."""
     lines, code = lines_of(error), process.returncode
     if number == signal.SIGINT and code in (1, -number):
@@ -268,7 +266,7 @@ def check_told(script: str, process: Any, number: int, error: str) -> None:
         assert lines == []
 
 
-def outcome(folder: Path, script: str) -> Any:
+def outcome(folder, script):
     """Returns all that a run leaves, but for times."""
     if script == "compare_optimizers":
         rows = [
@@ -296,11 +294,11 @@ def outcome(folder: Path, script: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def straight(place: Path) -> Callable[[str], tuple[float, Any]]:
+def straight(place):
     """Returns what a script leaves that nothing stops, and how long it takes."""
 
     @functools.cache
-    def run(script: str) -> tuple[float, Any]:
+    def run(script):
         if script == "finetune_classifier":
             finish(start(place, "pretrain_bert", "bert", *SCRIPTS["pretrain_bert"]))
         name = f"{script}-straight"
@@ -315,7 +313,7 @@ def straight(place: Path) -> Callable[[str], tuple[float, Any]]:
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("sequence", range(SEQUENCES))
 def test_killed_at_random_instants_ends_with_the_same_bits(
-    place: Path, straight: Any, script: str, sequence: int
+    place, straight, script, sequence
 ):
     seconds, expected = straight(script)
     name = f"{script}-{sequence}"
@@ -324,9 +322,7 @@ def test_killed_at_random_instants_ends_with_the_same_bits(
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-def kill_and_go_on(
-    place: Path, name: str, script: str, seconds: float, rng: random.Random
-) -> None:
+def kill_and_go_on(place, name, script, seconds, rng):
     """Runs a script to its end, killed once or more on the way."""
     folder, error = place / name, ""
     for _ in range(rng.randint(1, 2)):

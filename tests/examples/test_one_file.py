@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import chex
 import jax
@@ -30,9 +29,7 @@ runpy.run_path(sys.argv[2], run_name="__main__")
 """
 
 
-def test_learns_and_resumes_with_the_same_bits(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_learns_and_resumes_with_the_same_bits(tmp_path, capsys):
     for i in range(40):
         lines = [f"Fox {i} jumps over {i * k} dogs.\n" for k in range(30)]
         (tmp_path / f"{i}.txt").write_text("".join(lines) + "<|endoftext|>")
@@ -67,9 +64,7 @@ def test_learns_and_resumes_with_the_same_bits(
     ("handler", "code", "error"),
     [("default_int_handler", -signal.SIGINT, ""), ("SIG_IGN", 1, "went on\n")],
 )
-def test_ctrl_c_ends_it_where_an_exception_is_swallowed(
-    handler: str, code: int, error: str
-):
+def test_ctrl_c_ends_it_where_an_exception_is_swallowed(handler, code, error):
     process = subprocess.run(
         [sys.executable, "-c", SWALLOWED, handler, gpt2_in_one_file.__file__],
         capture_output=True,

@@ -15,7 +15,7 @@ from task import Task
 TOKENS = np.arange(81, dtype=np.uint16)
 
 
-def make_task(**changes) -> Task:
+def make_task(**changes):
     return Task(
         name="mock",
         make_model=lambda rngs: None,
@@ -26,7 +26,7 @@ def make_task(**changes) -> Task:
     )
 
 
-def take(batches, count: int) -> list:
+def take(batches, count):
     return list(itertools.islice(batches, count))
 
 
@@ -67,9 +67,7 @@ def test_position_survives_json():
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_processes_share_the_batches_of_one(
-    processes: int, monkeypatch: pytest.MonkeyPatch
-):
+def test_processes_share_the_batches_of_one(processes, monkeypatch):
     task = make_task(transform=add_noise)
     whole = take(pipeline.train_batches(task, 8, seed=0), 6)
     monkeypatch.setattr(jax, "process_count", lambda: processes)
@@ -94,7 +92,7 @@ def test_validation_has_each_record_once_and_padding_of_weight_zero():
 
 
 def test_what_is_hidden_of_a_record_does_not_depend_on_the_batch_size():
-    def noise(batch_size: int) -> dict[int, int]:
+    def noise(batch_size):
         task = make_task(transform=add_noise)
         batches = pipeline.validation_batches(task, batch_size)
         return {
@@ -125,5 +123,5 @@ def test_fingerprint_follows_every_token():
     assert len({same, *others}) == 4
 
 
-def add_noise(record, generator: np.random.Generator):
+def add_noise(record, generator):
     return {**record, "noise": generator.integers(1000)}

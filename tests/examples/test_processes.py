@@ -26,7 +26,7 @@ OPTIONS = (
 SECONDS = 120  # Then all are killed: a process that waits for another hangs.
 
 
-def pretrain(processes: int, folder: Path, *options: str) -> list[str]:
+def pretrain(processes, folder, *options):
     """Runs the example in several processes at once; returns what each prints."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -72,13 +72,13 @@ def pretrain(processes: int, folder: Path, *options: str) -> list[str]:
     return [output for output, _ in printed]
 
 
-def read_and_close(file) -> str:
+def read_and_close(file):
     with file:
         file.seek(0)
         return file.read()
 
 
-def read_run(folder: Path, like=None) -> tuple[dict[str, list[float]], dict]:
+def read_run(folder, like=None):
     """Returns the losses of a run, and the arrays of its last checkpoint.
 
     What other processes saved takes arrays `like` it to be loaded into this one.
@@ -93,12 +93,12 @@ def read_run(folder: Path, like=None) -> tuple[dict[str, list[float]], dict]:
     return losses, jax.device_get(saved)
 
 
-def matrices(state) -> list:
+def matrices(state):
     return [x for name, x in state.items() if name.startswith("params.") and x.ndim > 1]
 
 
 @pytest.mark.nightly
-def test_either_goes_on_where_the_other_stopped(tmp_path: Path):
+def test_either_goes_on_where_the_other_stopped(tmp_path):
     sentences = (f"Sentence {i} says {i * i} times {i % 7}.\n" for i in range(500))
     (tmp_path / "text.txt").write_text("".join(sentences))
     folders = {1: tmp_path / "one", 2: tmp_path / "two"}
@@ -112,7 +112,7 @@ def test_either_goes_on_where_the_other_stopped(tmp_path: Path):
     assert losses["loss"][-1] < losses["loss"][0] - 1
     expected = [*losses["loss"], *losses["validation_loss"]]
 
-    def check(folder: Path) -> None:
+    def check(folder):
         found, found_state = read_run(folder, like=state)
         assert found["step"] == losses["step"]
         assert [*found["loss"], *found["validation_loss"]] == pytest.approx(

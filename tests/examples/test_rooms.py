@@ -17,9 +17,9 @@ MAY_IMPORT = {
 }
 
 
-def imported(path: Path) -> set[Path]:
+def imported(path):
     """Returns the examples' modules that a module names in imports."""
-    names: set[str] = set()
+    names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
@@ -30,7 +30,7 @@ def imported(path: Path) -> set[Path]:
 
 
 @pytest.mark.parametrize("room", MAY_IMPORT)
-def test_arrows_point_down_only(room: str):
+def test_arrows_point_down_only(room):
     for path in [EXAMPLES / f"{room}.py", *(EXAMPLES / room).glob("*.py")]:
         if path.exists():
             tops = {file.relative_to(EXAMPLES).parts[0] for file in imported(path)}
@@ -38,7 +38,7 @@ def test_arrows_point_down_only(room: str):
 
 
 @pytest.mark.parametrize("script", ["pretrain_gpt2", "pretrain_bert", "pretrain_t5"])
-def test_a_script_reaches_few_modules(script: str):
+def test_a_script_reaches_few_modules(script):
     found, left = set(), {EXAMPLES / f"{script}.py"}
     while left:
         found |= left

@@ -42,7 +42,7 @@ Run = Callable[[str, Sequence[str]], tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory: pytest.TempPathFactory):
+def compile_once(tmp_path_factory):
     """A resumed run compiles what the first one did."""
     least = "jax_persistent_cache_min_compile_time_secs"
     before = jax.config.values["jax_compilation_cache_dir"], jax.config.values[least]
@@ -56,7 +56,7 @@ def compile_once(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def folder(tmp_path, monkeypatch):
     """Runs each test in a folder with texts, a CSV file and a pretrained model."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -78,7 +78,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.fixture
-def pretrained(folder: None):
+def pretrained(folder):
     Path("model").mkdir()
     lines = Path("text.txt").read_text().splitlines()
     Path("model/tokenizer.json").write_text(masking.wordpiece(lines, 150).to_str())
@@ -86,10 +86,10 @@ def pretrained(folder: None):
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(monkeypatch, capsys):
     """Returns the exit code and what stands on stdout and stderr."""
 
-    def run_script(name: str, arguments: Sequence[str]) -> tuple[int, str, str]:
+    def run_script(name, arguments):
         script = SCRIPTS[name][0]
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *arguments])
         with pytest.raises(SystemExit) as caught:
@@ -99,14 +99,14 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return run_script
 
 
-def rows_without_speed() -> list[dict[str, float]]:
+def rows_without_speed():
     rows = metrics.read(Path("run"))
     return [{k: row[k] for k in row if k != "tokens_per_second"} for row in rows]
 
 
 @pytest.mark.usefixtures("pretrained")
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_resumed_run_ends_with_the_same_bits(name: str, run: Run):
+def test_a_resumed_run_ends_with_the_same_bits(name, run):
     code, output, error = run(name, [*SCRIPTS[name][1], *SHORT])
     assert (code, error) == (0, "")
     assert "validation loss" in output
@@ -157,9 +157,7 @@ def test_a_resumed_run_ends_with_the_same_bits(name: str, run: Run):
         ("finetune", ["--csv=missing.csv"], "missing.csv: No such file or directory"),
     ],
 )
-def test_wrong_input_is_one_line(
-    name: str, arguments: list, message: str, run: Run, request
-):
+def test_wrong_input_is_one_line(name, arguments, message, run, request):
     if name == "finetune":
         request.getfixturevalue("pretrained")
     script, base = SCRIPTS[name]
@@ -171,7 +169,7 @@ def test_wrong_input_is_one_line(
     assert not Path("runs").exists()
 
 
-def test_a_missing_minilm_says_how_to_get_it(run: Run, monkeypatch):
+def test_a_missing_minilm_says_how_to_get_it(run, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     code, _, error = run("finetune", [])
     assert code == 2
@@ -179,13 +177,13 @@ def test_a_missing_minilm_says_how_to_get_it(run: Run, monkeypatch):
     assert error.count("\n") == 1
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(run: Run):
+def test_a_loss_that_is_not_finite_stops_the_run(run):
     code, _, error = run("gpt2", [*TEXT, *SHORT, "--learning-rate=1e30", "--warmup=0"])
     assert (code, error.count("\n")) == (2, 1)
     assert "at step 2: lower --learning-rate" in error
 
 
-def test_a_saved_run_is_refused_or_kept(run: Run):
+def test_a_saved_run_is_refused_or_kept(run):
     base = [*TEXT, *SHORT, "--factoring=came_optax.BalancedSplit"]
     assert run("gpt2", base)[::2] == (0, "")
     rows, saved = rows_without_speed(), sorted(os.listdir("run/checkpoints"))
@@ -213,7 +211,7 @@ def test_a_saved_run_is_refused_or_kept(run: Run):
     assert about["options"]["factoring"]["class_path"] == "came_optax.BalancedSplit"
 
 
-def test_metrics_are_not_needed_to_go_on(run: Run):
+def test_metrics_are_not_needed_to_go_on(run):
     assert run("gpt2", [*TEXT, *SHORT])[::2] == (0, "")
     path, again = Path("run/metrics.jsonl"), ["--resume", "--output=run"]
     summary = json.loads(Path("run/summary.json").read_text())

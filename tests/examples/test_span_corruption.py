@@ -13,11 +13,11 @@ SENTINEL_IDS = range(1099, 999, -1)
 class Tokenizer:
     """Gives the special tokens their ids."""
 
-    def token_to_id(self, token: str) -> int:
+    def token_to_id(self, token):
         return END if token == "</s>" else SENTINEL_IDS[SENTINELS.index(token)]
 
 
-def corrupted(corruption: SpanCorruption, seed: int) -> tuple[list[int], list[int]]:
+def corrupted(corruption, seed):
     tokens = np.arange(10, 10 + corruption.length)
     record = {"tokens": tokens, "weight": np.float32(1)}
     result = corruption(record, np.random.default_rng(seed))
@@ -26,7 +26,7 @@ def corrupted(corruption: SpanCorruption, seed: int) -> tuple[list[int], list[in
     return result["inputs"].tolist(), result["targets"].tolist()
 
 
-def spans(tokens: list[int]) -> dict[int, list[int]]:
+def spans(tokens):
     """Returns what follows each sentinel; -1 stands for what comes before any."""
     found, at = {-1: []}, -1
     for token in tokens:
@@ -40,7 +40,7 @@ def spans(tokens: list[int]) -> dict[int, list[int]]:
 
 
 @pytest.mark.parametrize("inputs", [6, 17, 128, 512])
-def test_inputs_and_targets_make_up_the_window(inputs: int):
+def test_inputs_and_targets_make_up_the_window(inputs):
     corruption = SpanCorruption.of(Tokenizer(), inputs)
     for seed in range(20):
         source, target = corrupted(corruption, seed)
@@ -81,6 +81,6 @@ def test_every_position_is_cut_at_the_rate():
 
 
 @pytest.mark.parametrize("inputs", [1, 5, 4000])
-def test_impossible_lengths_are_refused(inputs: int):
+def test_impossible_lengths_are_refused(inputs):
     with pytest.raises(UserError, match=f"--seq-len {inputs}: must be from 6"):
         SpanCorruption.of(Tokenizer(), inputs)

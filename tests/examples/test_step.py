@@ -44,9 +44,7 @@ def implicit_promotion():
         yield
 
 
-def train(
-    tx: optax.GradientTransformation, steps: int, accumulate: int = 1, task: Task = TASK
-):
+def train(tx, steps, accumulate=1, task=TASK):
     mesh = sharding.make_mesh()
     state = step.make_init(task, tx, mesh)(0)
     train_step = step.make_train_step(task, tx, accumulate, 0, mesh)
@@ -67,7 +65,7 @@ def train(
         ("adafactor", "float32"),
     ],
 )
-def test_loss_falls(optimizer: str, dtype: str):
+def test_loss_falls(optimizer, dtype):
     options = OptimizerOptions(optimizer=optimizer, learning_rate=2e-3, warmup=0)
     tx = make_optimizer(options, make_schedule(options, 10), dtype)
     state, losses = train(tx, 5, task=with_param_dtype(TASK, dtype))
@@ -173,14 +171,12 @@ def test_batches_must_split_evenly():
     ],
     ids=["came", "published-came", "overridden", "came-muon", "nadamw"],
 )
-def test_update_rules_have_their_own_defaults(
-    options: dict[str, object], expected: optax.GradientTransformation
-):
+def test_update_rules_have_their_own_defaults(options, expected):
     options = OptimizerOptions(**options, weight_decay=0, clip_norm=1e9)
     tx = make_optimizer(options, lambda count: 1e-2)
     params = {"kernel": np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)}
 
-    def three_steps(tx: optax.GradientTransformation) -> list[jax.Array]:
+    def three_steps(tx):
         state, updates = tx.init(params), []
         for scale in (1.0, -0.5, 2.0):
             update, state = tx.update(

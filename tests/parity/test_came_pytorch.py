@@ -6,7 +6,7 @@ compared after every step. The last tests show that the comparison can fail.
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import came_pytorch
 import jax
@@ -80,7 +80,7 @@ TOLERANCES = dict.fromkeys(STATE_NAMES, 1e-5) | {"params": 1e-4}
 History = dict[str, np.ndarray]
 
 
-def gradients(kind: str, scale: float, shape: tuple[int, ...]) -> np.ndarray:
+def gradients(kind, scale, shape):
     """Returns STEPS gradients of a leaf, float32."""
     rng = np.random.default_rng([KINDS.index(kind), *shape])
     size = (STEPS, *shape)
@@ -99,7 +99,7 @@ def gradients(kind: str, scale: float, shape: tuple[int, ...]) -> np.ndarray:
     return (scale * g).astype(np.float32)
 
 
-def active(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+def active(rng, shape):
     """Returns 1 for the rows (or columns) with a gradient, 0 for the others.
 
     They change every 20 steps; some have none until step 200, a few none ever.
@@ -111,36 +111,34 @@ def active(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     return np.repeat(on, 20, axis=0)
 
 
-def initial_parameter(shape: tuple[int, ...]) -> np.ndarray:
+def initial_parameter(shape):
     return np.random.default_rng(shape).normal(size=shape).astype(np.float32)
 
 
 @functools.cache
-def training(came: Any, hyperparameters: Hyperparameters) -> Any:
+def training(came, hyperparameters):
     """Returns a compiled function from parameters and gradients to the history."""
 
-    def learning_rate(count: jax.Array) -> jax.Array:
+    def learning_rate(count):
         return jnp.asarray(LEARNING_RATES)[count]
 
     betas, eps, clip = hyperparameters
     tx = came(learning_rate, *betas, *eps, clip, WEIGHT_DECAY)
 
-    def step(carry: Any, grads: Any) -> Any:
+    def step(carry, grads):
         params, state = carry
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
         arrays = {name: optax.tree.get(state, name) for name in STATE_NAMES}
         return (params, state), {"params": params, **arrays}
 
-    def train(params: Any, grads: Any) -> Any:
+    def train(params, grads):
         return jax.lax.scan(step, (params, tx.init(params)), grads)[1]
 
     return jax.jit(train)
 
 
-def run_optax(
-    came: Any, grads: dict[str, np.ndarray], hyperparameters: Hyperparameters
-) -> dict[str, History]:
+def run_optax(came, grads, hyperparameters):
     """Returns each leaf's parameter and state after every step."""
     params = {leaf: initial_parameter(g.shape[1:]) for leaf, g in grads.items()}
     arrays = training(came, hyperparameters)(*jax.device_put((params, grads)))
@@ -150,9 +148,7 @@ def run_optax(
     }
 
 
-def run_torch(
-    grads: dict[str, np.ndarray], hyperparameters: Hyperparameters
-) -> dict[str, History]:
+def run_torch(grads, hyperparameters):
     """The same, by the authors' code."""
     params = {
         leaf: torch.nn.Parameter(torch.tensor(initial_parameter(g.shape[1:])))
@@ -168,7 +164,7 @@ def run_torch(
         betas=tuple(np.float32(hyperparameters.betas).tolist()),
         weight_decay=WEIGHT_DECAY,
     )
-    history: dict[str, dict[str, list[np.ndarray]]] = {leaf: {} for leaf in grads}
+    history = {leaf: {} for leaf in grads}
     for t, learning_rate in enumerate(LEARNING_RATES.tolist()):
         optimizer.param_groups[0]["lr"] = learning_rate
         for leaf, p in params.items():
@@ -189,7 +185,7 @@ def run_torch(
 
 
 @functools.cache
-def trajectories(kind: str, scale: float, hyperparameters: Hyperparameters) -> Any:
+def trajectories(kind, scale, hyperparameters):
     """Returns our history and theirs, of all leaves in one run."""
     grads = {str(shape): gradients(kind, scale, shape) for shape in SHAPES}
     return (
@@ -198,7 +194,7 @@ def trajectories(kind: str, scale: float, hyperparameters: Hyperparameters) -> A
     )
 
 
-def errors(ours: History, theirs: History) -> dict[str, np.ndarray]:
+def errors(ours, theirs):
     """Returns the error of each array of one leaf after every step; NaN is an error."""
     result = {}
     for name, expected in theirs.items():
@@ -226,11 +222,11 @@ def errors(ours: History, theirs: History) -> dict[str, np.ndarray]:
     return result
 
 
-def largest_so_far(x: np.ndarray) -> np.ndarray:
+def largest_so_far(x):
     return np.maximum.accumulate(np.abs(x).max(axis=1, keepdims=True))
 
 
-def disagreements(ours: History, theirs: History) -> dict[str, str]:
+def disagreements(ours, theirs):
     """Returns what to say of each array that is not as came-pytorch has it."""
     result = {}
     for name, error in errors(ours, theirs).items():

@@ -5,8 +5,7 @@ and norms are far from uniform; else a wrong mask or bias could go unseen.
 """
 
 import json
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +35,7 @@ class Case(NamedTuple):
     inputs: tuple[str, ...]
 
 
-def t5_config(**others: Any) -> transformers.T5Config:
+def t5_config(**others):
     return transformers.T5Config(
         vocab_size=VOCAB,
         d_model=24,
@@ -103,11 +102,11 @@ LENGTHS = {"input_ids": 23, "decoder_input_ids": 17}
 
 
 @pytest.fixture(params=CASES.values(), ids=CASES)
-def case(request: pytest.FixtureRequest) -> Case:
+def case(request):
     return request.param
 
 
-def their_model(case: Case, folder: Path) -> transformers.PreTrainedModel:
+def their_model(case, folder):
     """Returns a random model, saved in the folder."""
     torch.manual_seed(0)
     model = case.theirs(case.their_config).eval()
@@ -123,7 +122,7 @@ def their_model(case: Case, folder: Path) -> transformers.PreTrainedModel:
     return model
 
 
-def load(case: Case, folder: Path) -> nnx.Module:
+def load(case, folder):
     config = hugging_face.load_config(folder, CONFIGS[case.ours])
     model = nnx.eval_shape(lambda: case.ours(config, rngs=nnx.Rngs(0)))
     params = nnx.state(model, nnx.Param)
@@ -131,7 +130,7 @@ def load(case: Case, folder: Path) -> nnx.Module:
     return model
 
 
-def random_tokens(case: Case) -> dict[str, np.ndarray]:
+def random_tokens(case):
     rng = np.random.default_rng(0)
     # Not 0: PyTorch leaves the padding token out of an embedding's gradient.
     return {
@@ -139,18 +138,18 @@ def random_tokens(case: Case) -> dict[str, np.ndarray]:
     }
 
 
-def their_logits(model: Any, tokens: dict[str, np.ndarray]) -> torch.Tensor:
+def their_logits(model, tokens):
     return model(**{name: torch.tensor(x) for name, x in tokens.items()}).logits
 
 
 @nnx.jit
-def our_logits(model: Any, tokens: dict[str, np.ndarray]) -> jax.Array:
+def our_logits(model, tokens):
     # Under jit the names are sorted.
     order = sorted(tokens, key=["input_ids", "decoder_input_ids"].index)
     return model(*(tokens[name].astype(jnp.int32) for name in order))
 
 
-def test_logits_of_their_file(case: Case, tmp_path: Path):
+def test_logits_of_their_file(case, tmp_path):
     theirs = their_model(case, tmp_path)
     tokens = random_tokens(case)
     expected = their_logits(theirs, tokens).detach().numpy()
@@ -159,7 +158,7 @@ def test_logits_of_their_file(case: Case, tmp_path: Path):
     np.testing.assert_allclose(logits, expected, rtol=0, atol=TOLERANCE)
 
 
-def test_every_gradient(case: Case, tmp_path: Path):
+def test_every_gradient(case, tmp_path):
     theirs = their_model(case, tmp_path)
     tokens = random_tokens(case)
     logits = their_logits(theirs, tokens)
@@ -169,7 +168,7 @@ def test_every_gradient(case: Case, tmp_path: Path):
         name: parameter.grad.numpy() for name, parameter in theirs.named_parameters()
     }
 
-    def loss(model: Any) -> jax.Array:
+    def loss(model):
         return jnp.mean(jax.nn.log_softmax(our_logits(model, tokens)) * weights)
 
     model = load(case, tmp_path)
@@ -187,7 +186,7 @@ def test_every_gradient(case: Case, tmp_path: Path):
         )
 
 
-def test_they_load_our_file(case: Case, tmp_path: Path):
+def test_they_load_our_file(case, tmp_path):
     their_model(case, tmp_path / "theirs")
     config = hugging_face.load_config(tmp_path / "theirs", CONFIGS[case.ours])
     model = case.ours(config, rngs=nnx.Rngs(0))
@@ -204,7 +203,7 @@ def test_they_load_our_file(case: Case, tmp_path: Path):
 
 
 @pytest.mark.parametrize("head", [True, False], ids=["masked LM", "encoder alone"])
-def test_encoder_of_padded_pairs(head: bool, tmp_path: Path):
+def test_encoder_of_padded_pairs(head, tmp_path):
     case = CASES["bert"]
     theirs = their_model(case, tmp_path)
     if not head:
@@ -249,7 +248,7 @@ def test_relative_position_buckets(bidirectional, buckets, max_distance):
     np.testing.assert_array_equal(ours, expected.numpy())
 
 
-def test_bfloat16_in_several_files(tmp_path: Path):
+def test_bfloat16_in_several_files(tmp_path):
     case = CASES["bert"]
     theirs = their_model(case, tmp_path / "whole").to(torch.bfloat16)
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
@@ -261,7 +260,7 @@ def test_bfloat16_in_several_files(tmp_path: Path):
     np.testing.assert_array_equal(np.asarray(embedding), expected)
 
 
-def test_what_differs_is_refused(tmp_path: Path):
+def test_what_differs_is_refused(tmp_path):
     case = CASES["bert"]
     their_model(case, tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())

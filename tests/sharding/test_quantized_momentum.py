@@ -1,7 +1,5 @@
 """Momentum in 8 and 4 bits on explicit meshes."""
 
-from typing import Any
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -21,7 +19,7 @@ SPECS = {
 }
 
 
-def make_params(mesh: Any) -> dict[str, jax.Array]:
+def make_params(mesh):
     rng = np.random.default_rng(0)
     return {
         f"{shape} {spec}": jax.device_put(
@@ -40,14 +38,12 @@ def make_params(mesh: Any) -> dict[str, jax.Array]:
     ],
     ids=["int8", "int4-stacked"],
 )
-def test_values_do_not_depend_on_the_mesh(
-    explicit_mesh: Any, mu_dtype: str, rule: Any
-) -> None:
+def test_values_do_not_depend_on_the_mesh(explicit_mesh, mu_dtype, rule):
     params = make_params(explicit_mesh(a=4, b=2))
     tx = came(1e-2, mu_dtype=mu_dtype, factoring=rule)
 
     @jax.jit
-    def two_updates(params: Any) -> Any:
+    def two_updates(params):
         _, state = tx.update(params, tx.init(params), params)
         return tx.update(jax.tree.map(jnp.cos, params), state, params)[0]
 
