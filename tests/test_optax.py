@@ -1,0 +1,389 @@
+"""What optax asks of its optimizers: types, compilation, memory and its wrappers."""
+
+import itertools
+import logging
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import came_optax
+from came_optax import (
+    BalancedSplit,
+    Codes,
+    LargestTwoAxes,
+    LastTwoAxes,
+    Stacked,
+    _algorithm,
+    came,
+    scale_by_came,
+    scale_by_confidence,
+    scale_by_factored_moment,
+    steady_came,
+)
+
+OPTIMIZERS = {
+    "came": came(1e-3),
+    "options": steady_came(
+        optax.linear_schedule(1e-2, 1e-3, 10),
+        weight_decay=0.1,
+        factoring=BalancedSplit(),
+        mu_dtype="bfloat16",
+        update_clipping_threshold=1.0,
+    ),
+    "int8": came(1e-3, mu_dtype="int8"),
+    "int4": came(1e-3, mu_dtype="int4", factoring=BalancedSplit()),
+    "first half": scale_by_factored_moment(),
+    "second half": scale_by_confidence(),
+}
+NARROW = [jnp.float16, jnp.bfloat16, jnp.float32]
+DTYPES = [*NARROW, jnp.float64, jnp.complex64, jnp.complex128]
+SHAPES = {"bias": (3,), "kernel": (2, 48, 46), "twin": (2, 48, 46), "scale": ()}
+
+every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
+
+
+def make_params(dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    return {n: jnp.asarray(rng.normal(size=s).astype(dtype)) for n, s in SHAPES.items()}
+
+
+def types(tree):
+    """Returns the tree of shapes, dtypes, weak types and shardings."""
+    return jax.tree.map(jax.typeof, tree)
+
+
+@every_optimizer
+def test_the_kernel_is_factored_and_stored_as_codes(name):
+    state = OPTIMIZERS[name].init(make_params())
+    statistic = "s_col" if name == "second half" else "v_col"
+    assert optax.tree.get(state, statistic)["kernel"].size > 1
+    if name in ("int8", "int4"):
+        assert isinstance(optax.tree.get(state, "mu")["kernel"], Codes)
+
+
+@every_optimizer
+def test_second_call_compiles_nothing_whatever_extra_args(name, caplog):
+    tx, params = OPTIMIZERS[name], make_params()
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(params, state, params, value=1.0, unknown_to_came=2)
+        return optax.apply_updates(params, updates), state
+
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        params, state = step(params, tx.init(params))
+        assert "Finished XLA compilation of jit(step)" in caplog.text
+        caplog.clear()
+        step(params, state)
+    assert "compilation" not in caplog.text
+
+
+@pytest.mark.parametrize("mu_dtype", ["float32", "int8"])
+def test_leaves_of_one_shape_are_traced_once(monkeypatch, mu_dtype):
+    traced, divide = [], _algorithm.divide_by_root
+
+    def recorded(x, *args):
+        traced.append(x.shape)
+        return divide(x, *args)
+
+    monkeypatch.setattr(_algorithm, "divide_by_root", recorded)
+    tx = scale_by_came(mu_dtype=mu_dtype)
+
+    def shapes_traced(leaves):
+        traced.clear()
+        jax.clear_caches()
+        params = [jax.ShapeDtypeStruct((64, 96), jnp.float32)] * leaves
+        jax.eval_shape(tx.update, params, jax.eval_shape(tx.init, params), params)
+        return list(traced)
+
+    assert shapes_traced(5) == shapes_traced(1) != []
+
+
+@pytest.mark.slow(but=2)
+@every_optimizer
+def test_types_are_stable_under_cond_and_scan(name):
+    with x64(True):
+        tx, params = OPTIMIZERS[name], [make_params(dtype) for dtype in DTYPES]
+        state = jax.jit(tx.init)(params)
+
+        def step(carry, skip):
+            params, state = carry
+            updates, state = jax.lax.cond(
+                skip,
+                lambda: (optax.tree.zeros_like(params), state),
+                lambda: tx.update(params, state, params),
+            )
+            chex.assert_trees_all_equal_dtypes(updates, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        skips = jnp.array([False, True, False])
+        start = params, state
+        carry, _ = jax.jit(lambda c: jax.lax.scan(step, c, skips))(start)
+        assert types(carry) == types(start)
+        chex.assert_tree_all_finite(carry)
+
+
+def test_updates_have_the_dtype_of_the_params():
+    # The float32 arrays that inject_hyperparams makes must not promote the updates.
+    inject = optax.inject_hyperparams(came, hyperparam_dtype=jnp.float32)
+    tx, plain = inject(1e-2, weight_decay=0.1), came(1e-2)
+    params, grads = (
+        [jnp.ones((3, 2), pair[i]) for pair in itertools.product(NARROW, NARROW)]
+        for i in (0, 1)
+    )
+    updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
+    chex.assert_trees_all_equal_dtypes(updates, params)
+    updates, _ = jax.jit(plain.update)(grads, plain.init(params))
+    chex.assert_trees_all_equal_dtypes(updates, grads)
+    for statistic in ("mu", "v_row", "v_col", "s_row", "s_col"):
+        for leaf in optax.tree.get(state, statistic):
+            assert leaf.dtype == jnp.float32, statistic
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.complex128])
+def test_numpy_params_are_jax_arrays_of_the_same_values(dtype):
+    # Outside x64, jax takes NumPy's 64-bit arrays for 32-bit ones; so do we, silently.
+    tx = came(1e-2, weight_decay=0.1)
+    numpy = {"kernel": np.ones((3, 2), dtype), "bias": np.ones(2, dtype)}
+    jaxed = jax.tree.map(jnp.asarray, numpy)
+    ours, expected = (jax.jit(tx.update)(x, tx.init(x), x) for x in (numpy, jaxed))
+    chex.assert_trees_all_equal(ours, expected)
+
+
+@every_optimizer
+def test_init_needs_only_shapes(name):
+    tx, params = OPTIMIZERS[name], make_params(jnp.bfloat16)
+    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
+    chex.assert_trees_all_equal(tx.init(shapes), tx.init(params))
+    abstract = jax.eval_shape(tx.init, shapes)
+    chex.assert_trees_all_equal_shapes_and_dtypes(abstract, tx.init(params))
+
+
+@pytest.mark.slow(but=2)
+@every_optimizer
+def test_vmap_over_an_ensemble_equals_separate_runs(name):
+    tx = OPTIMIZERS[name]
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(params, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    def run(scale):
+        params = jax.tree.map(lambda p: scale * p, make_params())
+        return jax.lax.scan(step, (params, tx.init(params)), length=3)[0]
+
+    scales = jnp.array([1.0, -3.0, 1e-3])
+    separate = [jax.jit(run)(scale) for scale in scales]
+    together = jax.jit(jax.vmap(run))(scales)
+    chex.assert_trees_all_equal_dtypes(together, separate[0])
+    exact = 0 if name in ("int8", "int4") else slice(None)  # Codes may be neighbours.
+    chex.assert_trees_all_close(
+        together[exact],
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *separate)[exact],
+        rtol=1e-4,
+        atol=1e-4 if exact == 0 else 1e-6,
+    )
+
+
+@pytest.mark.slow(but=2)
+@pytest.mark.parametrize("wrap", [lambda tx: tx, lambda tx: optax.MultiSteps(tx, 1)])
+@pytest.mark.parametrize("inject", [False, True])
+def test_count_beside_a_schedule_is_that_of_a_named_state(wrap, inject):
+    """``optax.tree.get(state, "count")`` is as ambiguous as with ``optax.adamw``."""
+    make = optax.inject_hyperparams(came) if inject else came
+    tx, params = wrap(make(optax.linear_schedule(0.0, 1e-3, 10))), make_params()
+    state = tx.init(params)
+    with jax.numpy_dtype_promotion("standard"):  # MultiSteps promotes.
+        for _ in range(3):
+            _, state = tx.update(params, state, params)
+    assert optax.tree.get(state, "ScaleByCameState").count == 3
+    with pytest.raises(KeyError, match="multiple values for 'count'"):
+        optax.tree.get(state, "count")
+    assert optax.tree.get(came(1e-3).init(params), "count") == 0
+
+
+def buffers(tree):
+    return [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree)]
+
+
+@pytest.mark.slow(but=4)
+@pytest.mark.parametrize("jitted", [True, False], ids=["jitted init", "eager init"])
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "injected"])
+def test_params_and_state_are_donated_whole(name, jitted):
+    tx = {**OPTIMIZERS, "injected": optax.inject_hyperparams(came)(1e-3)}[name]
+    params, grads = make_params(), make_params()
+    state = (jax.jit(tx.init) if jitted else tx.init)(params)
+    assert len(set(buffers((params, state)))) == len(buffers((params, state)))
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    step = jax.jit(step, donate_argnums=(0, 1))
+    for _ in range(2):
+        donated = params, state
+        given = set(buffers(donated))
+        params, state = step(params, state, grads)
+        # Not merely deleted: the outputs live where the inputs were.
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(donated))
+        assert set(buffers((params, state))) == given
+        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(grads))
+
+
+OPTIONS = {
+    "weight_decay": 0.1,
+    "weight_decay_mask": [True, False],
+    "clipping_threshold": None,
+    "factoring": Stacked(BalancedSplit(), where="1"),
+    "mu_dtype": "bfloat16",
+    "bias_correction": True,
+    "update_clipping_threshold": 1,
+}
+
+
+@pytest.mark.slow(but=2)
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (came, {"learning_rate": 1e-2}),
+        (came, {"learning_rate": 1e-2, **OPTIONS}),
+        (scale_by_came, {"factoring": LargestTwoAxes(1)}),
+        (scale_by_factored_moment, {"bias_correction": True}),
+        (scale_by_confidence, {"factoring": LastTwoAxes()}),
+    ],
+    ids=["came", "came with options", "scale_by_came", "first half", "second half"],
+)
+def test_injected_hyperparams_give_the_plain_updates(make, options):
+    params = [-jnp.ones((2, 3)), jnp.ones((2, 5, 2))]
+    grads = [jnp.ones((2, 3)), jnp.linspace(-1.0, 1.0, 20).reshape(2, 5, 2)]
+    txs = make(**options), optax.inject_hyperparams(make)(**options)
+    state, injected = (jax.jit(tx.init)(params) for tx in txs)
+    statistic = "s_col" if make is scale_by_confidence else "v_col"
+    assert all(x.size > 1 for x in optax.tree.get(state, statistic))
+    plain_update, injected_update = (jax.jit(tx.update) for tx in txs)
+    for _ in range(3):
+        updates, state = plain_update(grads, state, params)
+        same_updates, injected = injected_update(grads, injected, params)
+        chex.assert_trees_all_close(same_updates, updates, rtol=1e-5)
+        chex.assert_trees_all_close(injected.inner_state, state, rtol=1e-5)
+
+
+@every_optimizer
+def test_map_params_finds_every_array_but_the_counts(name):
+    tx = OPTIMIZERS[name]
+    marked = optax.tree.map_params(
+        tx,
+        lambda _: "param",
+        tx.init(make_params()),
+        transform_non_params=lambda _: "other",
+    )
+    for path, mark in jax.tree.leaves_with_path(marked):
+        is_count = jax.tree_util.keystr(path).endswith(".count")
+        assert mark == ("other" if is_count else "param"), path
+
+
+@pytest.mark.slow(but=2)
+@every_optimizer
+def test_multi_steps_is_one_step_on_the_mean(name):
+    tx, params = OPTIMIZERS[name], make_params(jnp.bfloat16)
+    accumulating = optax.MultiSteps(tx, every_k_schedule=2)
+    with jax.numpy_dtype_promotion("standard"):  # which MultiSteps itself needs
+        update = jax.jit(accumulating.update)
+        first, state = update(params, accumulating.init(params), params)
+        opposite = jax.tree.map(lambda p: -3 * p, params)
+        second, _ = update(opposite, state, params)
+    chex.assert_trees_all_equal(first, optax.tree.zeros_like(params))
+    mean = jax.tree.map(jnp.negative, params)
+    expected, _ = jax.jit(tx.update)(mean, tx.init(params), params)
+    # Of bfloat16, in which MultiSteps sums.
+    second, expected = (optax.tree.cast(x, jnp.float32) for x in (second, expected))
+    chex.assert_trees_all_close(second, expected, rtol=3e-2)
+
+
+@every_optimizer
+def test_partition_gives_each_group_its_optimizer(name):
+    tx, params = OPTIMIZERS[name], make_params() | {"step": jnp.zeros((), jnp.int32)}
+    partitioned = optax.partition(
+        {"ours": tx, "sgd": optax.sgd(1.0), "frozen": optax.set_to_zero()},
+        {"step": "frozen", "bias": "sgd"}
+        | dict.fromkeys(("kernel", "twin", "scale"), "ours"),
+    )
+    updates, _ = jax.jit(partitioned.update)(params, partitioned.init(params), params)
+    ours = {leaf: params[leaf] for leaf in ("kernel", "twin", "scale")}
+    expected, _ = jax.jit(tx.update)(ours, tx.init(ours), ours)
+    others = {"bias": -params["bias"], "step": params["step"]}
+    chex.assert_trees_all_close(updates, expected | others)
+
+
+def test_a_schedule_is_its_values():
+    params, values = make_params(), [1e-3, 3e-3]
+    scheduled = came(lambda count: jnp.array(values)[count])
+    state = scheduled.init(params)
+    for value in values:
+        constant = came(value)
+        same_state = (state[0], *constant.init(params)[1:])
+        expected, _ = jax.jit(constant.update)(params, same_state, params)
+        updates, state = jax.jit(scheduled.update)(params, state, params)
+        chex.assert_trees_all_close(updates, expected, rtol=1e-6)
+
+
+# Nothing is a NaN or infinite on the way: JAX's checks stay silent, jitted or not.
+CHECKED = {
+    "came": came(1e-3),
+    "steady_came": steady_came(1e-3, weight_decay=0.1),
+    "without momentum": steady_came(1e-3, b1=0.0),
+    "no decay at all": came(1e-3, b1=0.0, b2=0.0, b3=0.0, bias_correction=True),
+    "bfloat16": came(1e-3, mu_dtype="bfloat16", factoring=Stacked(where="kernel")),
+    "int8": steady_came(1e-3, mu_dtype="int8"),
+    "int4": came(1e-3, mu_dtype="int4"),
+    "quantized_ema": came_optax.quantized_ema(0.9, debias=True, nesterov=True),
+}
+
+
+@pytest.fixture(params=["jitted", "not jitted"])
+def checks(request):
+    jitted = request.param == "jitted"
+    with jax.debug_nans(True), jax.debug_infs(True), jax.disable_jit(not jitted):
+        yield
+
+
+@pytest.mark.slow(but=1)
+@pytest.mark.parametrize("name", CHECKED)
+@pytest.mark.usefixtures("checks")
+def test_no_nan_or_infinity_in_an_update(name):
+    def gradients(step):
+        rng = np.random.default_rng(step)
+        g = {"kernel": rng.normal(size=(64, 66)), "bias": rng.normal(size=9)}
+        g["kernel"][3], g["kernel"][:, 5] = 0, 0  # They never have any.
+        g |= {"zeros": np.zeros((6, 5)), "one": np.ones(()), "no": np.zeros((0, 3))}
+        return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), g)
+
+    tx, params = CHECKED[name], gradients(0)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for step in range(3):
+        _, state = update(gradients(step), state, params)
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.usefixtures("checks")
+def test_no_nan_or_infinity_in_master_weights(bits, dtype):
+    largest = float(jnp.finfo(dtype).max)
+    params = jnp.array([0.0, -0.0, 1.0, -3.3, 1e-40, largest, -largest], dtype)
+    tx = came_optax.with_master_weights(optax.sgd(1.0), bits)
+    for grads in (jnp.zeros_like(params), jnp.full_like(params, 1e-3)):
+        updates, _ = tx.update(grads, tx.init(params), params)
+        assert jnp.isfinite(updates).all()
+
+
+def test_the_checks_would_find_some():
+    with jax.debug_nans(True), pytest.raises(FloatingPointError, match="nan"):
+        jnp.zeros(2) / jnp.zeros(2)
+    with jax.debug_infs(True), pytest.raises(FloatingPointError, match="inf"):
+        jnp.ones(2) / jnp.zeros(2)
