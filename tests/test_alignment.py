@@ -1,7 +1,6 @@
 """Which part of a state goes on in which part of another's, and what is said of it."""
 
 import contextlib
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +48,9 @@ def converted(old, new, steps=6, **kwargs):
 inject = optax.inject_hyperparams
 
 
+PARTED = {"a": steady_came(SCHEDULE), "b": came(SCHEDULE)}
+
+
 @pytest.mark.slow(but=2)
 @pytest.mark.parametrize(
     ("old", "new"),
@@ -58,42 +60,23 @@ inject = optax.inject_hyperparams
         (inject(optax.adamw)(SCHEDULE), steady_came(SCHEDULE)),
         (optax.adamw(SCHEDULE), inject(steady_came)(SCHEDULE)),
         (inject(optax.adamw)(1e-2), inject(steady_came)(SCHEDULE)),
-        (
-            optax.adamw(SCHEDULE),
-            optax.partition(
-                {"a": steady_came(SCHEDULE), "b": came(SCHEDULE)},
-                {"embed": "a", "kernel": "b"},
-            ),
-        ),
+        (optax.adamw(SCHEDULE), optax.partition(PARTED, {"embed": "a", "kernel": "b"})),
     ],
     ids=["to came", "back", "was injected", "is injected", "is a schedule", "parted"],
 )
 def test_counts_are_each_transformations_own(old, new):
     """Moved twice, the learning rate's schedule goes on, and what else counts."""
     old, new = (optax.chain(tx, optax.apply_every(4)) for tx in (old, new))
-    other = optax.chain(optax.clip(1.0), new)
     _, state = converted(old, new)
+    other = optax.chain(optax.clip(1.0), new)
     state = convert_state(state, PARAMS, old=new, new=other)
     found = {
-        jax.tree_util.keystr(path): int(x)
+        int(x)
         for path, x in jax.tree.leaves_with_path(state)
         if jax.tree_util.keystr(path).endswith("count")
     }
-    assert sorted(set(found.values())) == [2, 6, 10**7], found
+    assert found == {2, 6, 10**7}
     assert state[1][-1].count == 2  # Of apply_every.
-
-
-def test_a_second_move_is_still_a_move():
-    """Parameters move on as they did."""
-    adamw = optax.adamw(SCHEDULE, weight_decay=0.0)
-    txs = [adamw, steady_came(SCHEDULE), steady_came(SCHEDULE, mu_dtype="bfloat16")]
-    state = after(adamw, 20)
-    expected, _ = adamw.update(PARAMS, state, PARAMS)
-    for old, new in itertools.pairwise(txs):
-        state = convert_state(state, PARAMS, old=old, new=new)
-        updates, _ = new.update(PARAMS, state, PARAMS)
-        for name in PARAMS:
-            np.testing.assert_allclose(updates[name], expected[name], rtol=0.05)
 
 
 def test_two_of_a_kind_stay_two():
@@ -107,31 +90,29 @@ def test_two_of_a_kind_stay_two():
     assert jnp.any(moved[0].trace["kernel"] != moved[2].trace["kernel"])
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
-def test_what_both_have_survives_on_a_mesh(kind):
+@pytest.mark.parametrize("explicit", [False, True], ids=["Auto", "Explicit"])
+def test_what_both_have_survives_on_a_mesh(explicit):
     """Whatever its sharding: on an ``Auto`` mesh that isn't set, and under jit."""
+    kind = AxisType.Explicit if explicit else AxisType.Auto
     mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(kind,))
-    explicit = kind is AxisType.Explicit
+    old, new = (
+        optax.apply_if_finite(optax.MultiSteps(tx, 4).gradient_transformation(), 9)
+        for tx in (optax.adamw(1e-3), steady_came(1e-3, mu_dtype="int8"))
+    )
+
+    def convert(state, params):
+        return convert_state(state, params, old=old, new=new)
+
     with jax.set_mesh(mesh) if explicit else contextlib.nullcontext():
         params = jax.device_put(PARAMS, NamedSharding(mesh, P("fsdp")))
-        old, new = (
-            optax.apply_if_finite(optax.MultiSteps(tx, 4).gradient_transformation(), 9)
-            for tx in (optax.adamw(1e-3), steady_came(1e-3, mu_dtype="int8"))
-        )
-        state = jax.jit(old.init)(params)
-        update = jax.jit(old.update)
+        state, update = jax.jit(old.init)(params), jax.jit(old.update)
         for scale in (jnp.nan, 1, 1, 1, 1, 2, 3):
-            _, state = update(
-                jax.tree.map(lambda p, s=scale: s * p, params), state, params
-            )
-        gathered = dict(state.inner_state.acc_grads)
+            grads = jax.tree.map(lambda p, s=scale: s * p, params)
+            _, state = update(grads, state, params)
         otherwise = NamedSharding(mesh, P(None, "fsdp"))
+        gathered = dict(state.inner_state.acc_grads)
         gathered["kernel"] = jax.device_put(gathered["kernel"], otherwise)
         inner = state.inner_state._replace(acc_grads=gathered)
-
-        def convert(state, params):
-            return convert_state(state, params, old=old, new=new)
-
         convert = jax.jit(convert) if explicit else convert
         moved = convert(state._replace(inner_state=inner), params)
         fresh = jax.jit(new.init)(params).inner_state.inner_opt_state
@@ -203,21 +184,20 @@ def test_an_injected_hyperparameter_goes_on_unless_it_is_set_otherwise():
     assert float(moved.hyperparams["b2"]) == pytest.approx(0.999)
 
 
+MASKED = optax.masked(came(1e-3), {"embed": False, "kernel": True})
+
+
 @pytest.mark.slow(but=2)
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (
-            optax.sgd(1e-3),
-            came(1e-3),
-            "only new has ScaleByCameState at '0'; strict=False",
-        ),
+        (optax.sgd(1e-3), came(1e-3), "only new has ScaleByCameState at '0'; strict=F"),
         (
             optax.sgd(1e-3, momentum=0.9),
             quantized_ema(0.9),
             "new has QuantizedEmaState; only old has TraceState at '0'",
         ),
-        (optax.adamw(1e-3), came(SCHEDULE), "only new has ScaleByScheduleState at '2'"),
+        (optax.adamw(1e-3), came(SCHEDULE), "new has ScaleByScheduleState at '2'"),
         (
             optax.chain(optax.ema(0.9), came(1e-3)),
             came(1e-3),
@@ -228,16 +208,8 @@ def test_an_injected_hyperparameter_goes_on_unless_it_is_set_otherwise():
             came(1e-3, mu_dtype="int8"),
             "only old has MultiStepsState",
         ),
-        (
-            optax.masked(came(1e-3), {"embed": False, "kernel": True}),
-            came(1e-3),
-            "only new has 'embed' of ScaleByCameState at '0'; strict",
-        ),
-        (
-            came(1e-3),
-            optax.masked(came(1e-3), {"embed": False, "kernel": True}),
-            "only old has 'embed' of ScaleByCameState at '0'; strict",
-        ),
+        (MASKED, came(1e-3), "only new has 'embed' of ScaleByCameState at '0'; strict"),
+        (came(1e-3), MASKED, "only old has 'embed' of ScaleByCameState at '0'; strict"),
     ],
     ids=["sgd", "trace", "schedule", "ema", "MultiSteps", "more leaves", "fewer"],
 )
@@ -249,29 +221,27 @@ def test_what_has_no_counterpart_is_named(old, new, message):
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "state_of", "message"),
+    ("old", "state_of", "message"),
     [
-        (optax.adamw(1e-3), came(1e-3), came(1e-3), "not one of old: it is structured"),
+        (optax.adamw(1e-3), came(1e-3), "not one of old: it is structured"),
         (
             optax.chain(came(1.0), came(1e-3)),
-            came(1e-3),
             None,
             "old has ScaleByCameState at '0/0', ScaleByCameState at '1/0', new Scale",
         ),
         (
             came(1e-3, factoring=BalancedSplit()),
             came(1e-3),
-            came(1e-3),
             "not one of old: '.*heads' has shape",
         ),
     ],
     ids=["other structure", "two of them", "other rule"],
 )
-def test_errors(old, new, state_of, message):
+def test_errors(old, state_of, message):
     params = PARAMS | {"heads": jnp.ones((8, 4, 2))}
     state = (state_of or old).init(params)
     with pytest.raises(ValueError, match=message):
-        convert_state(state, params, old=old, new=new)
+        convert_state(state, params, old=old, new=came(1e-3))
 
 
 def test_a_moved_state_can_be_donated():

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,12 +76,20 @@ def cosine(x, y):
     return float(jnp.vdot(x, y) / jnp.linalg.norm(x) / jnp.linalg.norm(y))
 
 
+def check_alike(updates, expected, least, rtol):
+    """Asserts that updates go the same way, and as far."""
+    for name, x in expected.items():
+        assert cosine(updates[name], x) > least, name
+        norms = jnp.linalg.norm(updates[name]), jnp.linalg.norm(x)
+        np.testing.assert_allclose(*norms, rtol=rtol, err_msg=name)
+
+
 @pytest.mark.slow(but=1)
 @pytest.mark.parametrize(
     ("mu_dtype", "new_dtype"),
     [
-        ("float32", "bfloat16"),
         ("float32", "int8"),
+        ("float32", "bfloat16"),
         ("bfloat16", "int4"),
         ("int8", "float32"),
         ("int8", "int4"),
@@ -88,38 +97,17 @@ def cosine(x, y):
     ],
 )
 def test_momentum_in_other_dtypes(mu_dtype, new_dtype):
-    params = make_params()
-    old, new = steady(mu_dtype), steady(new_dtype)
+    params, old, new = make_params(), steady(mu_dtype), steady(new_dtype)
     _, state = train(old, old.init(params), params, range(5))
     converted = convert_state(state, params, old=old, new=new)
-    for x, like in zip(
-        jax.tree.leaves(converted), jax.tree.leaves(new.init(params)), strict=True
-    ):
-        assert (x.shape, x.dtype) == (like.shape, like.dtype)
-    for name in ("v_row", "v_col", "v", "s_row", "s_col"):
-        for x, y in zip(
-            jax.tree.leaves(getattr(converted[0], name)),
-            jax.tree.leaves(getattr(state[0], name)),
-            strict=True,
-        ):
-            np.testing.assert_array_equal(x, y)
+    chex.assert_trees_all_equal_shapes_and_dtypes(converted, new.init(params))
     assert (converted[0].count, converted[-1].count) == (5, 5)
+    chex.assert_trees_all_equal(converted[0]._replace(mu=0), state[0]._replace(mu=0))
     expected, _ = train(old, state, params, range(5, 6))
     updates, _ = train(new, converted, params, range(5, 6))
     least = 0.98 if "int4" in (mu_dtype, new_dtype) else 0.999
     for name in params:
         assert cosine(updates[name], expected[name]) > least, name
-
-
-def test_the_same_optimizer_changes_nothing():
-    params = make_params()
-    tx = steady_came(SCHEDULE, mu_dtype="int4", factoring=BalancedSplit())
-    _, state = train(tx, tx.init(params), params, range(3))
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        convert_state(state, params, old=tx, new=tx),
-        state,
-    )
 
 
 LAST, BALANCED, STACKED = RULES = [
@@ -160,11 +148,7 @@ def test_other_rules(rule, new_rule, mu_dtype):
             assert jnp.median(jnp.abs(x - y)) <= 0.2 * y.mean(), (name, leaf)
     expected, _ = train(new, from_start, params, range(50, 51))
     updates, _ = train(new, converted, params, range(50, 51))
-    for name in params:
-        assert cosine(updates[name], expected[name]) > 0.95, name
-        np.testing.assert_allclose(
-            jnp.linalg.norm(updates[name]), jnp.linalg.norm(expected[name]), rtol=0.05
-        )
+    check_alike(updates, expected, 0.95, 0.05)
 
 
 @pytest.mark.slow(but=1)
@@ -225,56 +209,14 @@ ADAMS = {
 )
 def test_adam(adam, mu_dtype, rule):
     """After it has averaged for long enough, CAME goes where Adam would have gone."""
-    params = make_params()
-    old = ADAMS[adam]()
-    new = steady(mu_dtype, factoring=rule)
+    params, old, new = make_params(), ADAMS[adam](), steady(mu_dtype, factoring=rule)
     _, state = train(old, old.init(params), params, range(100))
-    converted = jax.jit(lambda s, p: convert_state(s, p, old=old, new=new))(
-        state, params
-    )
+    convert = jax.jit(lambda s, p: convert_state(s, p, old=old, new=new))
+    converted = convert(state, params)
     assert (converted[0].count, converted[-1].count) == (10**7, 100)
     expected, _ = train(old, state, params, range(100, 101))
     updates, _ = train(new, converted, params, range(100, 101))
-    for name in params:
-        assert cosine(updates[name], expected[name]) > 0.95, name
-        ratio = jnp.linalg.norm(updates[name]) / jnp.linalg.norm(expected[name])
-        assert 0.8 < ratio < 1.3, name
-
-
-@pytest.mark.slow
-def test_no_jump_in_a_training_run():
-    """The loss of a regression goes on falling: AdamW, CAME, in 4 bits, AdamW again."""
-    key = jax.random.key(2)
-    x = jax.random.normal(key, (256, 64))
-    y = jnp.tanh(x @ jax.random.normal(jax.random.key(3), (64, 32)) / 8)
-    params = {"a": jax.random.normal(key, (64, 128)) / 8, "b": jnp.zeros((128, 32))}
-
-    def loss_fn(params):
-        return jnp.mean((jnp.tanh(x @ params["a"]) @ params["b"] - y) ** 2)
-
-    def fit(tx, state, params, steps):
-        def step(carry, _):
-            params, state = carry
-            loss, grads = jax.value_and_grad(loss_fn)(params)
-            updates, state = tx.update(grads, state, params)
-            return (optax.apply_updates(params, updates), state), loss
-
-        return jax.jit(lambda *c: jax.lax.scan(step, c, None, steps))(params, state)
-
-    schedule = optax.linear_schedule(0.0, 3e-3, 50)
-    adamw = optax.adamw(schedule)
-    (params, state), losses = fit(adamw, adamw.init(params), params, 100)
-    old = adamw
-    for new in (
-        steady_came(schedule, mu_dtype="int8"),
-        steady_came(schedule, mu_dtype="int4", factoring=BalancedSplit()),
-        adamw,
-    ):
-        state = convert_state(state, params, old=old, new=new)
-        (params, state), after = fit(new, state, params, 50)
-        assert after.max() <= 1.02 * losses[-1]
-        assert after[-1] < 0.9 * losses[-1]
-        old, losses = new, after
+    check_alike(updates, expected, 0.95, 0.3)
 
 
 def test_back_to_adam():
@@ -283,19 +225,18 @@ def test_back_to_adam():
     adamw, new = optax.adamw(SCHEDULE, mu_dtype="bfloat16"), came(SCHEDULE)
     state = adamw.init(params)
     for _ in range(5):
-        _, state = adamw.update(
-            {"kernel": params["kernel"], "bias": params["bias"]}, state, params
-        )
+        _, state = adamw.update(params, state, params)
     there = convert_state(state, params, old=adamw, new=new)
     back = convert_state(there, params, old=new, new=adamw)
     assert (back[0].count, back[-1].count) == (10**7, 5)
     assert back[0].mu["kernel"].dtype == jnp.bfloat16
-    for name in params:
-        nu = state[0].nu[name]
+    for name, nu in state[0].nu.items():
         np.testing.assert_allclose(back[0].nu[name], nu, rtol=1e-6)
-        np.testing.assert_allclose(  # Its root mean square was more than 1.
-            back[0].mu[name].astype("float32"), jnp.sqrt(nu), rtol=1e-2
-        )
+        mu = back[0].mu[name].astype("float32")  # Its RMS was more than 1.
+        np.testing.assert_allclose(mu, jnp.sqrt(nu), rtol=1e-2)
+
+
+EMA = optax.ema(0.9, debias=False)
 
 
 @pytest.mark.slow(but=2)
@@ -304,8 +245,8 @@ def test_back_to_adam():
     [
         (quantized_ema(0.9, mu_dtype="float32"), quantized_ema(0.9, mu_dtype="int8")),
         (quantized_ema(0.9, mu_dtype="int4"), quantized_ema(0.9, mu_dtype="bfloat16")),
-        (optax.ema(0.9, debias=False), quantized_ema(0.9, mu_dtype="int8")),
-        (quantized_ema(0.9, mu_dtype="int8"), optax.ema(0.9, debias=False)),
+        (EMA, quantized_ema(0.9, mu_dtype="int8")),
+        (quantized_ema(0.9, mu_dtype="int8"), EMA),
         (
             scale_by_confidence(eps2=0.1, mu_dtype="int8"),
             scale_by_confidence(eps2=0.1, factoring=BalancedSplit()),
@@ -324,32 +265,11 @@ def test_averages_and_halves(old, new):
     for _ in range(3):
         _, state = old.update(params, state, params)
     converted = convert_state(state, params, old=old, new=new)
-    assert jax.tree.map(types, converted) == jax.tree.map(types, new.init(params))
+    chex.assert_trees_all_equal_shapes_and_dtypes(converted, new.init(params))
     expected, state = old.update(params, state, params)
     updates, converted = new.update(params, converted, params)
     assert converted.count == state.count == 4
-    for name in params:
-        assert cosine(updates[name], expected[name]) > 0.9, name
-        ratio = jnp.linalg.norm(updates[name]) / jnp.linalg.norm(expected[name])
-        assert 0.9 < ratio < 1.1, name
-
-
-def types(x):
-    return x.shape, x.dtype
-
-
-def test_masked_parameters():
-    params = make_params()
-    mask = {name: name != "query" for name in params}
-    old = optax.masked(optax.adamw(1e-3), mask)
-    new = optax.masked(steady_came(1e-3), mask)
-    _, state = train(old, old.init(params), params, range(3))
-    converted = convert_state(state, params, old=old, new=new)
-    assert jax.tree.structure(converted) == jax.tree.structure(new.init(params))
-    mu, nu = (state.inner_state[0]._asdict()[name]["bias"] for name in ("mu", "nu"))
-    m = mu / jnp.sqrt(nu)
-    m = m / jnp.maximum(1, jnp.sqrt(jnp.mean(m**2)))
-    np.testing.assert_allclose(converted.inner_state[0].mu["bias"], m, rtol=1e-5)
+    check_alike(updates, expected, 0.9, 0.1)
 
 
 def placed(*shape):
@@ -457,24 +377,17 @@ def test_leaves_that_nnx_boxes_though_they_are_masked():
 )
 def test_refused_states_name_what_to_do(old):
     params = make_params()
-    with pytest.raises((TypeError, ValueError), match="convert_state"):
-        came(1e-3).update(params, old.init(params), params)
-    with pytest.raises((TypeError, ValueError), match="convert_state"):
-        came(1e-3, mu_dtype="int8", factoring=Stacked()).update(
-            params, old.init(params), params
-        )
+    for tx in (came(1e-3), came(1e-3, mu_dtype="int8", factoring=Stacked())):
+        with pytest.raises((TypeError, ValueError), match="convert_state"):
+            tx.update(params, old.init(params), params)
 
 
 def test_a_resized_parameter_is_named_as_such():
     """Whether on an update or on converting, which can't help."""
     small, large = {"embed": jnp.ones((96, 8))}, {"embed": jnp.ones((128, 8))}
-    tx = came(1e-3)
+    tx, message = came(1e-3), r"embed' has shape .*the parameter was resized"
     state = tx.init(small)
-    with pytest.raises(
-        ValueError, match=r"'embed' has shape .*the parameter was resized"
-    ):
+    with pytest.raises(ValueError, match=message):
         tx.update(large, state, large)
-    with pytest.raises(
-        ValueError, match=r"embed' has shape .*the parameter was resized"
-    ):
+    with pytest.raises(ValueError, match=message):
         convert_state(state, large, old=tx, new=came(1e-3, mu_dtype="int8"))

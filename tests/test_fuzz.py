@@ -103,11 +103,8 @@ def optimizer(wrapper, kwargs, params):
     if wrapper == "injected":
         inject = optax.inject_hyperparams(came, hyperparam_dtype=jnp.float32)
         return inject(**kwargs)
-    tx = came(**kwargs)
-    if wrapper == "masked":
-        mask = jax.tree.map(lambda p: p.ndim != 1, params)
-        return optax.masked(tx, mask)
-    return tx
+    mask = jax.tree.map(lambda p: p.ndim != 1, params)
+    return optax.masked(came(**kwargs), mask) if wrapper == "masked" else came(**kwargs)
 
 
 def grads_for(params, step):
@@ -179,20 +176,13 @@ def test_jitted_updates(params, wrapper, kwargs):
     check(wrapper, kwargs, params, jitted=True)
 
 
-@pytest.mark.slow
-@given(params=trees, wrapper=wrappers, kwargs=options)
-@settings(max_examples=EXAMPLES // 2)
-def test_eager_updates(params, wrapper, kwargs):
-    check(wrapper, kwargs, params, jitted=False)
-
-
 examples = itertools.count()
 
 
 @pytest.mark.nightly
 @given(params=trees, wrapper=wrappers, kwargs=options, jitted=st.booleans())
 @settings(max_examples=2_000)
-def test_nightly(params, wrapper, kwargs, jitted):
+def test_jitted_and_eager_updates(params, wrapper, kwargs, jitted):
     if next(examples) % 50 == 0:
         jax.clear_caches()  # They keep what each example compiled: gigabytes.
     check(wrapper, kwargs, params, jitted=jitted)

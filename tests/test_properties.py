@@ -19,7 +19,6 @@ from came_optax import (
     Stacked,
     came,
     scale_by_came,
-    scale_by_factored_moment,
 )
 
 Shape = tuple[int, ...]
@@ -172,31 +171,6 @@ def test_permuted_axes_permute_the_update(data, shape, kwargs):
     )
     expected = updates.transpose(0, *(axis + 1 for axis in order))
     chex.assert_trees_all_close(transposed, expected, rtol=1e-4, atol=1e-7)
-
-
-@pytest.mark.slow
-@given(shape=shapes(), rule=rules, exponent=st.integers(-20, 20))
-@settings(max_examples=EXAMPLES // 2)
-def test_u_is_invariant_to_the_scale_of_gradients(shape, rule, exponent):
-    grads = gradients(shape)
-    tx = scale_by_factored_moment(factoring=rule)
-    u, state = run(tx, grads)
-    scaled_u, scaled_state = run(tx, grads * 2.0**exponent)
-    chex.assert_trees_all_close(scaled_u, u, rtol=1e-5)
-    chex.assert_trees_all_close(
-        (scaled_state.v_row, scaled_state.v),
-        jax.tree.map(lambda v: v * 4.0**exponent, (state.v_row, state.v)),
-        rtol=1e-5,
-    )
-
-
-@pytest.mark.slow
-@given(shape=shapes(), rule=rules, kwargs=options)
-@settings(max_examples=EXAMPLES // 2)
-def test_opposite_gradients_give_opposite_updates(shape, rule, kwargs):
-    tx, grads = came(1e-2, factoring=rule, **kwargs), gradients(shape)
-    updates, opposite = run(tx, {"g": grads, "-g": -grads})[0].values()
-    chex.assert_trees_all_equal(opposite, -updates)
 
 
 @pytest.mark.slow
