@@ -15,6 +15,7 @@ import sys
 import tomllib
 import types
 
+import chex
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from came_optax import state_memory, state_sharding, steady_came
+from came_optax import state_memory, steady_came
 
 HERE = pathlib.Path(__file__).parent
 PAGE = (HERE.parent / "docs" / "in-your-code-base.md").read_text(encoding="utf-8")
@@ -63,23 +64,6 @@ def distance(params, batch=1.0):
     return sum(jnp.mean((p - batch) ** 2) for p in leaves) / len(leaves)
 
 
-def make_step(tx):
-    """Returns a plain step, for code bases that have nothing else."""
-
-    def step(params, state):
-        loss, grads = jax.value_and_grad(distance)(params)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, loss
-
-    return step
-
-
-@jax.jit
-def step_of_train_state(state):
-    loss, grads = jax.value_and_grad(distance)(state.params)
-    return state.apply_gradients(grads=grads), loss
-
-
 def falls(step, *carry, steps=30):
     """Steps, and says whether the loss that each step returns has fallen."""
     losses = []
@@ -87,7 +71,12 @@ def falls(step, *carry, steps=30):
         *carry, loss = step(*carry)
         losses.append(float(loss))
     assert losses[-1] < 0.8 * losses[0], losses
-    return carry
+
+
+@jax.jit
+def step_of_train_state(state):
+    loss, grads = jax.value_and_grad(distance)(state.params)
+    return state.apply_gradients(grads=grads), loss
 
 
 class Config(dict):
@@ -288,40 +277,6 @@ def test_the_page_names_each_code_base():
 
 
 @pytest.mark.slow
-def test_maxtext_makes_a_sharded_state_of_stacked_layers():
-    tx, params = maxtext(), make_params("maxtext")
-    mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(AxisType.Auto,))
-    place = jax.tree.map(lambda p: NamedSharding(mesh, P("fsdp")), params)
-    out = place["params"]["decoder"]["layers"]["self_attention"]["out"]
-    out["kernel"] = NamedSharding(mesh, P(None, None, "fsdp"))
-    params = jax.device_put(params, place)
-    shardings = state_sharding(tx, params, place)
-    state = jax.jit(tx.init, out_shardings=shardings)(params)
-    step = jax.jit(make_step(tx), out_shardings=(place, shardings, None))
-    falls(step, params, state)
-
-
-@pytest.mark.slow
-def test_levanter_maps_named_axes_to_a_mesh():
-    hax = pytest.importorskip("haliax")
-    tx = levanter()
-    axes = hax.make_axes(layers=3, embed=64, mlp=128)
-    model = jax.tree.map(
-        lambda p: hax.named(p, [a for n in p.shape for a in axes if a.size == n]),
-        make_params("levanter"),
-    )
-    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    mapping = {"embed": "data", "mlp": "model"}
-    with jax.set_mesh(mesh), hax.axis_mapping(mapping):
-        state = hax.named_jit(tx.init, out_axis_resources=mapping)(model)
-        rows = optax.tree.get(state, "v_row")["transformer"]["layers"]["stacked"]
-        rows = rows["mlp"]["up_proj"]["weight"]
-        assert rows.axes == axes[:2]
-        assert rows.array.sharding.spec == P(None, "data")
-        falls(hax.named_jit(make_step(tx), axis_resources=mapping), model, state)
-
-
-@pytest.mark.slow
 def test_easylm_shards_its_train_state_by_rules_for_parameters():
     run = run_easylm()
     mesh = jax.make_mesh((2, 4), ("fsdp", "mp"), axis_types=(AxisType.Auto,) * 2)
@@ -348,19 +303,23 @@ def test_easylm_shards_its_train_state_by_rules_for_parameters():
     falls(step_of_train_state, state)
 
 
-@pytest.mark.slow
-def test_nanodo_makes_its_state_inside_jit_and_accumulates():
-    tx = optax.MultiSteps(optax.chain(optax.clip_by_global_norm(1.0), nanodo()), 2)
-    params = make_params("nanodo")
-    state = jax.jit(lambda: TrainState.create(apply_fn=None, params=params, tx=tx))()
-    (state,) = falls(step_of_train_state, state, steps=60)
-    assert state.opt_state.gradient_step == 30
+@pytest.mark.slow(but=2)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_each_trains(name):
+    tx, params = OPTIMIZERS[name](), make_params(name)
+
+    @jax.jit
+    def step(params, state):
+        loss, grads = jax.value_and_grad(distance)(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    falls(step, params, tx.init(params))
 
 
 @pytest.mark.slow
 def test_big_vision_scales_as_steady_came_does():
     tx, params = big_vision(), make_params("big_vision")
-    falls(jax.jit(make_step(tx)), params, tx.init(params))
     rule = run_snippets("big_vision", config=Config()).rule
     steady = steady_came(0.1, mu_dtype="int8", factoring=rule)
     keys = iter(jax.random.split(jax.random.key(0), len(LEAVES["big_vision"])))
@@ -371,8 +330,17 @@ def test_big_vision_scales_as_steady_came_does():
     ours, expected = (
         jax.jit(tx.update)(grads, tx.init(params), params)[0] for tx in (tx, steady)
     )
-    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
+    chex.assert_trees_all_close(ours, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_haiku_and_equinox_update():
+    run = run_haiku()
+    new, _ = run.update(run.params, run.opt_state, 1.0)
+    assert distance(new) < distance(run.params)
+    run = run_equinox()
+    model, _ = run.update(run.model, run.opt_state, 1.0)
+    assert run.loss_fn(model, 1.0) < run.loss_fn(run.model, 1.0)
 
 
 @pytest.mark.slow(but=1)
@@ -391,18 +359,7 @@ def test_purejaxrl_maps_over_seeds_and_scans_over_steps(anneal):
 
 
 @pytest.mark.slow
-def test_haiku_and_equinox_update():
-    run = run_haiku()
-    new, _ = run.update(run.params, run.opt_state, 1.0)
-    assert distance(new) < distance(run.params)
-    run = run_equinox()
-    model, _ = run.update(run.model, run.opt_state, 1.0)
-    assert run.loss_fn(model, 1.0) < run.loss_fn(run.model, 1.0)
-
-
-@pytest.mark.slow
 def test_experts_are_updated_as_if_alone():
-    tx = run_snippets("experts").optimizer
     experts = jax.random.normal(jax.random.key(0), (2, 4, 32, 48))
     # One expert of the second layer was chosen by no token for a while.
     steps = [*[experts.at[1, 2].set(0)] * 5, experts]
@@ -413,9 +370,8 @@ def test_experts_are_updated_as_if_alone():
             updates, state = tx.update(tree, state, tree)
         return updates
 
-    found = last_update(
-        tx, [{"layers": {"experts": {"wi": x}}, "experts": {"wo": x[1]}} for x in steps]
-    )
+    trees = [{"layers": {"experts": {"wi": x}}, "experts": {"wo": x[1]}} for x in steps]
+    found = last_update(OPTIMIZERS["experts"](), trees)
     expected = last_update(steady_came(1e-3), [x[1, 2] for x in steps])
     for update in found["layers"]["experts"]["wi"][1, 2], found["experts"]["wo"][2]:
         np.testing.assert_allclose(update, expected, rtol=1e-5)

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import pytest
-from flax import traverse_util
 
 from came_optax import BalancedSplit, LastTwoAxes, Stacked, state_memory, steady_came
 
@@ -91,40 +90,32 @@ def test_memory_page_shows_what_is_printed():
 
 def maxtexts_llama_7b():
     """Its shapes, the layers stacked on axis 1."""
-    d, layers, heads, size, inner = 4096, 32, 32, 128, 11008
-    shapes = {
-        "token_embedder/embedding": (32_000, d),
-        "decoder/decoder_norm/scale": (d,),
-        "decoder/logits_dense/kernel": (d, 32_000),
-    }
-    for name in "query", "key", "value":
-        shapes[f"decoder/layers/self_attention/{name}"] = (d, layers, heads, size)
-    shapes["decoder/layers/self_attention/out"] = (heads, layers, size, d)
-    for name in "wi_0", "wi_1":
-        shapes[f"decoder/layers/mlp/{name}"] = (d, layers, inner)
-    shapes["decoder/layers/mlp/wo"] = (inner, layers, d)
-    for name in "pre_self_attention_layer_norm", "post_self_attention_layer_norm":
-        shapes[f"decoder/layers/{name}"] = (d, layers)
-    return traverse_util.unflatten_dict(
-        {
-            f"params/{path}": jax.ShapeDtypeStruct(shape, jnp.float32)
-            for path, shape in shapes.items()
+    d, layers, heads, inner = 4096, 32, (32, 128), 11008
+    per_layer = {
+        **{
+            f"self_attention/{x}": (d, layers, *heads)
+            for x in ("query", "key", "value")
         },
-        sep="/",
-    )
+        "self_attention/out": (heads[0], layers, heads[1], d),
+        **{f"mlp/wi_{i}": (d, layers, inner) for i in (0, 1)},
+        "mlp/wo": (inner, layers, d),
+        **{f"{x}_self_attention_layer_norm": (d, layers) for x in ("pre", "post")},
+    }
+    rest = {"embedding": (32_000, d), "norm": (d,), "logits": (d, 32_000)}
+    shapes = rest | {f"layers/{name}": shape for name, shape in per_layer.items()}
+    return {
+        f"params/{name}": jax.ShapeDtypeStruct(shape, jnp.float32)
+        for name, shape in shapes.items()
+    }
 
 
 def test_memory_page_shows_what_is_counted_of_maxtexts_llama():
     text = (DOCS / "memory.md").read_text(encoding="utf-8")
-    shown = re.search(
-        r"^```text\n# Llama 7B as in MaxText\n(.*?)^```$", text, flags=re.M | re.S
-    )
-    assert shown
-    lines = []
+    pattern = r"^```text\n# Llama 7B as in MaxText\n(.*?)^```$"
+    shown = re.search(pattern, text, flags=re.M | re.S)
+    lines = ""
     for rule in LastTwoAxes(), Stacked(BalancedSplit(), axis=1, where="/layers/"):
         tx = steady_came(1e-3, mu_dtype="int8", factoring=rule)
         memory = state_memory(tx, maxtexts_llama_7b())
-        lines.append(
-            f"{memory.total:,} bytes, {memory.bytes_per_param:.3f} a parameter\n"
-        )
-    assert shown[1].endswith("".join(lines))
+        lines += f"{memory.total:,} bytes, {memory.bytes_per_param:.3f} a parameter\n"
+    assert shown and shown[1].endswith(lines)

@@ -79,13 +79,6 @@ def test_first_step(betas, scale, clip):
     chex.assert_trees_all_close(updates, expected, rtol=2e-4)
 
 
-def test_published_first_step_is_11_times_the_learning_rate():
-    g = rank_one()
-    tx = came(learning_rate=1e-3)
-    updates, _ = tx.update(g, tx.init(g))
-    np.testing.assert_allclose(jnp.abs(updates), 11.1e-3, rtol=2e-3)
-
-
 def test_step_size_on_noise_decays_as_if_scheduled():
     """RMS(Δ) = sqrt(E[m²] / E[s]): no bias correction is a schedule 1/sqrt(1 − β3ᵗ)."""
     steps = 3000
@@ -184,21 +177,15 @@ def test_one_hit_on_a_silent_row(hit):
     """It moves by 109 learning rates in all, whatever its size; with Adam by 30."""
     quiet, after = 2000, 200
     grads = noise(quiet + after, (16, 8)).at[:, 0].set(0.0).at[quiet, 0].set(hit)
-
-    def distance(tx):
-        row = updates_over_time(tx, grads)[:, 0]
-        assert jnp.all(row[:quiet] == 0)
-        return jnp.sum(row[quiet:], axis=0)
-
+    row = updates_over_time(scale_by_came(), grads)[:, 0]
+    assert jnp.all(row[:quiet] == 0)
     # The momentum (1 − β1) β1ᵏ u, over a root that saw the hit, then m² at every step.
     b1, b3 = 0.9, 0.9999
     m = (1 - b1) * b1 ** np.arange(after)
     s = (1 - b3) * (b1**2 + np.cumsum(m**2) - m[0] ** 2)
     expected = np.sum(m / np.sqrt(s))
     np.testing.assert_allclose(expected, 109, rtol=0.005)
-    np.testing.assert_allclose(distance(scale_by_came()), expected, rtol=0.02)
-    with jax.numpy_dtype_promotion("standard"):
-        np.testing.assert_allclose(distance(optax.scale_by_adam()), 30, rtol=0.03)
+    np.testing.assert_allclose(jnp.sum(row[quiet:], axis=0), expected, rtol=0.02)
 
 
 @pytest.mark.parametrize("threshold", [0.05, 5.0])

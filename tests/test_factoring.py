@@ -1,7 +1,5 @@
 """The factoring rules: which axes, and hence which statistics, a leaf gets."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,100 +111,71 @@ def test_where_is_searched_in_the_path():
 
 
 def test_the_first_expression_that_matches_says():
-    rule = ByPath(
-        {
-            "q_einsum": FactoredAxes(row=(1,), col=(0, 2)),
-            "^embedder/": FactoredAxes(),
-            "einsum$": Stacked(LastTwoAxes()),
-        },
-        default=BalancedSplit(),
-    )
-    shapes = {
-        "embedder": {"input_embedding": (64, 8)},
-        "layer": {
-            "q_einsum": (4, 8, 6),
-            "kv_einsum": (2, 4, 8, 6),
-            "attn_vec_einsum": (4, 6, 8),
-            "gating": (2, 8, 32),
-        },
+    by_path = {
+        "q_einsum": FactoredAxes(row=(1,), col=(0, 2)),
+        "^embedder/": FactoredAxes(),
+        "einsum$": Stacked(LastTwoAxes()),
     }
-    params = jax.tree.map(jnp.ones, shapes, is_leaf=lambda x: isinstance(x, tuple))
-    assert factored_axes(rule, params) == {
-        "embedder": {"input_embedding": FactoredAxes()},
+    found = factored_axes(
+        ByPath(by_path, default=BalancedSplit()),
+        {
+            "embedder": {"einsum": jnp.ones((64, 8))},
+            "layer": {
+                "q_einsum": jnp.ones((4, 8, 6)),
+                "kv_einsum": jnp.ones((2, 8, 6)),
+            },
+            "gating": jnp.ones((2, 8, 32)),
+        },
+    )
+    assert found == {
+        "embedder": {"einsum": FactoredAxes()},
         "layer": {
             "q_einsum": FactoredAxes((1,), (0, 2)),
-            "kv_einsum": FactoredAxes((2,), (3,), stack=(0,)),
-            "attn_vec_einsum": FactoredAxes((1,), (2,), stack=(0,)),
-            "gating": FactoredAxes((0, 1), (2,)),
+            "kv_einsum": FactoredAxes((1,), (2,), stack=(0,)),
         },
+        "gating": FactoredAxes((0, 1), (2,)),
     }
-
-
-def gemma_query(mu_dtype):
-    """The updates of a kernel (heads, d, head_dim), and of the matrix that it is."""
-    kernel = jax.random.normal(jax.random.key(0), (16, 32, 24))
-    matrix = jnp.moveaxis(kernel, 1, 0).reshape(32, 16 * 24)
-    by_path = ByPath({"q_einsum": FactoredAxes(row=(1,), col=(0, 2))})
-    update = {}
-    for name, leaf, rule in (("q_einsum", kernel, by_path), ("matrix", matrix, None)):
-        tx = came(1e-3, mu_dtype=mu_dtype, factoring=rule or LastTwoAxes())
-        state = tx.init({name: leaf})
-        for _ in range(3):
-            updates, state = tx.update({name: leaf}, state, {name: leaf})
-        update[name] = updates[name]
-    return jnp.moveaxis(update["q_einsum"], 1, 0).reshape(32, 16 * 24), update["matrix"]
 
 
 @pytest.mark.slow(but=1)
 @pytest.mark.parametrize("mu_dtype", ["float32", "int8", "int4"])
 def test_an_einsum_kernel_is_updated_as_its_matrix(mu_dtype):
-    found, expected = gemma_query(mu_dtype)
+    """A kernel (heads, d, head_dim), and the matrix that it is."""
+    kernel = jax.random.normal(jax.random.key(0), (16, 32, 24))
+    rule = ByPath({"": FactoredAxes(row=(1,), col=(0, 2))})
+
+    def last_update(leaf, rule):
+        tx = came(1e-3, mu_dtype=mu_dtype, factoring=rule)
+        state = tx.init(leaf)
+        for _ in range(3):
+            updates, state = tx.update(leaf, state, leaf)
+        return updates
+
+    def matrix(x):
+        return jnp.moveaxis(x, 1, 0).reshape(32, 16 * 24)
+
+    found = matrix(last_update(kernel, rule))
+    expected = last_update(matrix(kernel), LastTwoAxes())
     close = np.isclose(found, expected, rtol=1e-5)
     # Sums in another order may move a code to its neighbour, but few of them.
     assert close.all() if mu_dtype == "float32" else np.mean(~close) < 0.01
     np.testing.assert_allclose(found, expected, atol=0.02 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize(
-    "make, error, message",
-    [
-        (lambda: ByPath(LastTwoAxes()), TypeError, "must be a dict .*got LastTwoAxes"),
-        (lambda: ByPath({"[": LastTwoAxes()}), ValueError, r"each key .*got '\['"),
-        (lambda: ByPath({1: LastTwoAxes()}), ValueError, "each key .*got 1"),
-        (lambda: ByPath({"a": (0, 1)}), TypeError, r"at 'a' must be .*got \(0, 1\)"),
-        (
-            lambda: ByPath({"a": FactoredAxes([0], [1])}),
-            TypeError,
-            r"at 'a': row, col and stack must be tuples of ints",
-        ),
-        (lambda: ByPath({}, default=None), TypeError, r"default=...\) .*got None"),
-        (lambda: Stacked(where=b"a"), ValueError, r"Stacked\(where=.*got b'a'"),
-    ],
-)
-def test_errors_of_rules_by_path(make, error, message):
-    with pytest.raises(error, match=message):
-        make()
-
-
-@dataclasses.dataclass(frozen=True)
 class SquareMatrices:
     """A user's own rule, which sees the path and may count axes from the end."""
 
-    unless: str
-
     def axes(self, path, shape):
-        if self.unless in jax.tree_util.keystr(path) or len(set(shape)) != 1:
+        if "odd" in jax.tree_util.keystr(path) or len(set(shape)) != 1:
             return None
         return FactoredAxes(row=(-2,), col=(np.int64(-1),))
 
 
 def test_any_object_with_an_axes_method_is_a_rule():
     params = {"a": jnp.ones((4, 4)), "b": jnp.ones((4, 2)), "odd": jnp.ones((4, 4))}
-    tx = came(1e-3, factoring=SquareMatrices(unless="odd"))
+    tx, published = came(1e-3, factoring=SquareMatrices()), came(1e-3)
     state = optax.tree.get(tx.init(params), "v_row")
     assert jax.tree.map(jnp.shape, state) == {"a": (4,), "b": (1,), "odd": (1,)}
     negative, _ = tx.update(params, tx.init(params))
-    named, _ = came(1e-3).update(
-        {"a": params["a"]}, came(1e-3).init({"a": params["a"]})
-    )
+    named, _ = published.update(params, published.init(params))
     np.testing.assert_array_equal(negative["a"], named["a"])

@@ -153,22 +153,6 @@ def test_sixteen_bits_from_the_first_step(dtype, scale):
     assert jnp.max(largest["vector"]) <= 24**0.5
 
 
-def test_equal_weights_stay_equal():
-    tx = came(1.0)
-    params = jnp.ones(SHAPE)
-    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
-    np.testing.assert_allclose(updates, -11.11, rtol=1e-3)
-    assert len(np.unique(updates)) == 1
-
-
-@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (1, 1, 1)])
-def test_a_leaf_of_one_element(shape):
-    grads = jnp.asarray(noise(100)[:, 0, 0].reshape(100, *shape), jnp.float32)
-    largest, state = run(grads, came(1.0))
-    chex.assert_tree_all_finite((largest, state))
-    assert jnp.max(largest) <= (40.0 if len(shape) >= 2 else 1.0)
-
-
 @pytest.mark.slow(but=1)
 @pytest.mark.parametrize(
     "kind, bound",

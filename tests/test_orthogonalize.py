@@ -63,8 +63,11 @@ def check(result, x, preset="standard", rtol=1e-4):
     assert np.linalg.norm(error, 2) < {"standard": 0.33, "polar_express": 0.17}[preset]
 
 
+SHAPES = [(16, 16), (8, 32), (32, 8), (1, 9), (9, 1), (1, 1)]
+
+
 @PRESETS
-@pytest.mark.parametrize("shape", [(16, 16), (8, 32), (32, 8), (1, 9), (9, 1), (1, 1)])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matrices_of_any_shape(shape, preset):
     x = matrix(*shape, dtype=np.float32)
     result = update(x, ns_coeffs=preset, consistent_rms=None)
@@ -163,18 +166,17 @@ def test_the_root_mean_square_is_consistent(shape):
 
 
 def test_fewer_steps():
-    x = matrix(12, 20)
-    ((a, b, c), *_) = _PRESETS["standard"]
-    result = update(
-        x.astype(np.float32), ns_coeffs=((a, b, c),), consistent_rms=None
-    ) / scale(12, 20)
+    ((a, b, c), *_), x = _PRESETS["standard"], matrix(12, 20)
+    options = {"ns_coeffs": ((a, b, c),), "consistent_rms": None}
+    result = update(x.astype(np.float32), **options) / scale(12, 20)
     x = x / np.linalg.norm(x)
-    np.testing.assert_allclose(
-        result, a * x + (b * x @ x.T + c * (x @ x.T) @ (x @ x.T)) @ x, atol=1e-5
-    )
+    gram = x @ x.T
+    expected = a * x + (b * gram + c * gram @ gram) @ x
+    np.testing.assert_allclose(result, expected, atol=1e-5)
 
 
 # A rule, a leaf's shape, and its axes in the order and the groups of the matrices.
+EINSUM = ByPath({"": FactoredAxes(row=(1,), col=(0, 2))})
 READ = {
     "query": (BalancedSplit(), (12, 3, 4), ((), (0,), (1, 2))),
     "output": (BalancedSplit(), (3, 4, 12), ((), (0, 1), (2,))),
@@ -182,11 +184,7 @@ READ = {
     "cube": (LastTwoAxes(), (6, 6, 6), ((0,), (1,), (2,))),
     "scanned": (Stacked(BalancedSplit()), (5, 12, 3, 4), ((0,), (1,), (2, 3))),
     "scanned last": (Stacked(BalancedSplit(), axis=-1), (6, 8, 5), ((2,), (0,), (1,))),
-    "einsum": (
-        ByPath({"": FactoredAxes(row=(1,), col=(0, 2))}),
-        (3, 12, 4),
-        ((), (1,), (0, 2)),
-    ),
+    "einsum": (EINSUM, (3, 12, 4), ((), (1,), (0, 2))),
 }
 
 
@@ -205,15 +203,14 @@ def test_the_matrix_is_what_the_rule_says(name):
 
 
 @pytest.mark.parametrize(
-    ("factoring", "leaf"),
+    ("rule", "leaf"),
     [(BalancedSplit(), (4,)), (Stacked(BalancedSplit()), (3, 4)), (LastTwoAxes(), ())],
 )
-def test_what_is_no_matrix_is_refused_by_name(factoring, leaf):
-    tx, params = orthogonalize(factoring=factoring), {"a": {"bias": jnp.ones(leaf)}}
-    with pytest.raises(ValueError, match=r"leaf 'a/bias' of shape .* is no matrix"):
-        tx.init(params)
-    with pytest.raises(ValueError, match=r"leaf 'a/bias' of shape .* is no matrix"):
-        tx.update(params, optax.EmptyState())
+def test_what_is_no_matrix_is_refused_by_name(rule, leaf):
+    tx, params = orthogonalize(factoring=rule), {"a": {"bias": jnp.ones(leaf)}}
+    for refuse in tx.init, lambda params: tx.update(params, optax.EmptyState()):
+        with pytest.raises(ValueError, match=r"leaf 'a/bias' of shape .* is no matrix"):
+            refuse(params)
 
 
 def test_empty_leaves_pass():
@@ -272,18 +269,17 @@ JORDAN = (3.4445, -4.7750, 2.0315)  # optax 0.2.7 knows no names of coefficients
 @pytest.mark.parametrize("consistent_rms", [None, 0.2])
 @pytest.mark.parametrize("ns_coeffs", ["standard", _PRESETS["polar_express"]])
 def test_momentum_alone_gives_the_steps_of_optax_muon(ns_coeffs, consistent_rms):
-    params = {
-        "up": jnp.asarray(matrix(8, 24), jnp.float32),
-        "down": jnp.asarray(matrix(24, 8), jnp.float32),
-        "query": jnp.asarray(matrix(12, 3, 4), jnp.float32),
-        "layers": jnp.asarray(matrix(2, 12, 6), jnp.float32),
-    }
-    numbers = {
-        "up": MuonDimensionNumbers(),
-        "down": MuonDimensionNumbers(),
-        "query": MuonDimensionNumbers(0, (1, 2)),
-        "layers": MuonDimensionNumbers(1, 2),
-    }
+    shapes = {"up": (8, 24), "down": (24, 8), "query": (12, 3, 4), "layers": (2, 12, 6)}
+    axes = {"up": (0, 1), "down": (0, 1), "query": (0, (1, 2)), "layers": (1, 2)}
+    numbers = {name: MuonDimensionNumbers(*some) for name, some in axes.items()}
+
+    def make(seed):
+        return {
+            k: jnp.asarray(matrix(*s, seed=seed), jnp.float32)
+            for k, s in shapes.items()
+        }
+
+    params = make(0)
     with jax.numpy_dtype_promotion("standard"):
         theirs = optax.contrib.muon(
             1e-2,
@@ -303,11 +299,8 @@ def test_momentum_alone_gives_the_steps_of_optax_muon(ns_coeffs, consistent_rms)
             optax.scale_by_learning_rate(1e-2),
         )
         state, their_state = ours.init(params), theirs.init(params)
+        update, their_update = jax.jit(ours.update), jax.jit(theirs.update)
         for seed in range(4):
-            grads = {
-                k: jnp.asarray(matrix(*p.shape, seed=seed), p.dtype)
-                for k, p in params.items()
-            }
-            updates, state = jax.jit(ours.update)(grads, state, params)
-            expected, their_state = jax.jit(theirs.update)(grads, their_state, params)
+            updates, state = update(make(seed), state, params)
+            expected, their_state = their_update(make(seed), their_state, params)
             chex.assert_trees_all_close(updates, expected, rtol=1e-4, atol=1e-6)

@@ -2,6 +2,9 @@
 
 import contextlib
 import importlib.util
+import math
+import re
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -47,6 +50,39 @@ def v5e_devices(monkeypatch):
     jax.config.update("jax_exec_time_optimization_effort", -1.0)
     yield topology.devices
     jax.config.update("jax_exec_time_optimization_effort", 0.0)
+
+
+class Collective(NamedTuple):
+    """One collective operation: its kind, and the bytes of each array it gives."""
+
+    kind: str
+    arrays: tuple[int, ...]
+
+    @property
+    def bytes(self):
+        return sum(self.arrays)
+
+
+@pytest.fixture
+def collectives():
+    """Lists those of a compiled program without loops, each channel once."""
+    kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    pattern = rf" = (.*?) ({kinds})(-start)?\(.*?channel_id=(\d+)"
+
+    def found_in(hlo):
+        found = {}
+        for result, kind, start, channel in re.findall(pattern, hlo):
+            arrays = tuple(
+                max(int(bits) // 8, 1)
+                * math.prod(map(int, filter(None, shape.split(","))))
+                for bits, shape in re.findall(r"[a-z]+(\d+)\[([\d,]*)\]", result)
+            )
+            if start and kind != "all-reduce":  # Of operands and results.
+                arrays = arrays[len(arrays) // 2 :]
+            found[channel] = Collective(kind, arrays)
+        return list(found.values())
+
+    return found_in
 
 
 def _make_mesh(axis_type, **sizes):

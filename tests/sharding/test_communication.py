@@ -7,14 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from came_optax import BalancedSplit, came, state_sharding, steady_came
-from compiling.collectives import collectives
-from models.gpt2 import GPT2, SIZES
-from training.sharding import make_mesh, param_shardings
 
 
 def gpt2_shapes(layers, width):
@@ -25,26 +21,18 @@ def gpt2_shapes(layers, width):
         "down": {"kernel": (4 * width, width), "bias": (width,)},
         "norm": {"scale": (width,)},
     }
-    tree = {
-        "wte": (16 * width, width),
-        "wpe": (2 * width, width),
-        "blocks": [block] * layers,
-    }
+    embeddings = {"wte": (16 * width, width), "wpe": (2 * width, width)}
     return jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
-        tree,
+        {"blocks": [block] * layers, **embeddings},
         is_leaf=lambda x: isinstance(x, tuple),
     )
 
 
-def shardings_of(params, spec_of, devices):
-    """Returns shardings on a mesh of one axis."""
+def compiled_update(tx, params, spec_of, devices):
+    """Returns the HLO of an update whose arrays are all sharded on one axis."""
     mesh = Mesh(np.array(devices), ("fsdp",), axis_types=(AxisType.Auto,))
-    return jax.tree.map(lambda p: NamedSharding(mesh, spec_of(p)), params)
-
-
-def compiled_update(tx, params, shardings):
-    """Returns the HLO of an update whose arrays are all sharded."""
+    shardings = jax.tree.map(lambda p: NamedSharding(mesh, spec_of(p)), params)
     state = jax.eval_shape(tx.init, params)
     state_shardings = state_sharding(tx, params, shardings)
 
@@ -77,39 +65,61 @@ def matrices_only(p):
     return rows(p) if len(p.shape) > 1 else P()
 
 
-def bytes_of_sums(params):
-    """Bytes of the rows and columns of all leaves, and of a few scalars for each."""
-    sizes = [sum(p.shape) + 8 for p in jax.tree.leaves(params)]
-    return 4 * sum(sizes)
+def check_sums(found, params, rounds):
+    """Only sums are sent, as few times; nothing longer than a row or a column is."""
+    leaves = jax.tree.leaves(params)
+    assert {c.kind for c in found} == {"all-reduce"}
+    assert max(size for c in found for size in c.arrays) <= 4 * max(
+        n for p in leaves for n in p.shape
+    )
+    # The second moment's and the instability's rows and columns; then a few scalars.
+    sums = sum(4 * (sum(p.shape) + 8) for p in leaves)
+    assert sum(c.bytes for c in found) <= rounds * sums
 
 
 @pytest.mark.slow(but=1)
 @pytest.mark.parametrize("spec_of", [rows, columns])
-def test_only_sums_are_communicated(spec_of):
+def test_only_sums_are_communicated(collectives, spec_of):
     params = gpt2_shapes(layers=1, width=64)
     tx = steady_came(1e-3, weight_decay=0.1)
-    found = collectives(
-        compiled_update(tx, params, shardings_of(params, spec_of, jax.devices()))
-    )
-    assert {c.kind for c in found} == {"all-reduce"}
-    # Twice: the second moment's and the instability's statistics.
-    assert sum(c.bytes for c in found) <= 2 * bytes_of_sums(params)
+    hlo = compiled_update(tx, params, spec_of, jax.devices())
+    check_sums(collectives(hlo), params, 2)
+
+
+def reduced_by(hlo):
+    """Returns "add" or "maximum" for each all-reduce."""
+    pattern = r"all-reduce(?:-start)?\(.*channel_id=(\d+).*to_apply=(%[\w.-]+)"
+    roots = [
+        re.search(rf"^{re.escape(name)} \(.*?ROOT \S+ = \S+ (\w+)\(", hlo, re.M | re.S)
+        for name in dict(re.findall(pattern, hlo)).values()
+    ]
+    return sorted(root[1] for root in roots)
 
 
 @pytest.mark.tpu
-@pytest.mark.parametrize("spec_of", [rows, columns, largest, matrices_only])
-@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize(
+    ("layers", "width", "spec_of", "mu_dtype"),
+    [
+        *(
+            (1, 256, spec, "float32")
+            for spec in (rows, columns, largest, matrices_only)
+        ),
+        (3, 256, largest, "float32"),
+        (12, 768, largest, "float32"),  # As GPT-2 small.
+        (12, 768, largest, "int8"),
+    ],
+)
 def test_tpu_needs_three_rounds_whatever_the_number_of_leaves(
-    v5e_devices, spec_of, layers
+    v5e_devices, collectives, layers, width, spec_of, mu_dtype
 ):
-    params = gpt2_shapes(layers, width=256)
-    tx = steady_came(1e-3, factoring=BalancedSplit(), weight_decay=0.1)
-    found = collectives(
-        compiled_update(tx, params, shardings_of(params, spec_of, v5e_devices))
-    )
-    assert {c.kind for c in found} == {"all-reduce"}
-    assert len(found) <= 3
-    assert sum(c.bytes for c in found) <= 2 * bytes_of_sums(params)
+    params = gpt2_shapes(layers, width)
+    rule = BalancedSplit()
+    tx = steady_came(1e-3, factoring=rule, weight_decay=0.1, mu_dtype=mu_dtype)
+    hlo = compiled_update(tx, params, spec_of, v5e_devices)
+    maxima = ["maximum"] * (mu_dtype == "int8")
+    assert reduced_by(hlo) == ["add"] * 3 + maxima
+    assert len(collectives(hlo)) == 3 + len(maxima)
+    check_sums(collectives(hlo), params, 2 + len(maxima))
 
 
 @pytest.mark.tpu
@@ -128,63 +138,11 @@ def test_tpu_needs_three_rounds_whatever_the_number_of_leaves(
         (optax.adamw(1e-3), 0),
         (optax.adafactor(1e-3), 2),
     ],
-    ids=[
-        "steady_came",
-        "bfloat16",
-        "int8",
-        "int4",
-        "came",
-        "no-clipping",
-        "update-clipping",
-        "adamw",
-        "adafactor",
-    ],
+    ids="steady_came bfloat16 int8 int4 came unclipped clipped adamw adafactor".split(),
 )
-def test_tpu_rounds_by_optimizer(v5e_devices, tx, rounds):
+def test_tpu_rounds_by_optimizer(v5e_devices, collectives, tx, rounds):
     params = gpt2_shapes(layers=1, width=256)
     with jax.numpy_dtype_promotion("standard"):  # optax.adamw needs it.
-        found = collectives(
-            compiled_update(tx, params, shardings_of(params, rows, v5e_devices))
-        )
+        found = collectives(compiled_update(tx, params, rows, v5e_devices))
     assert {c.kind for c in found} <= {"all-reduce"}
     assert len(found) == rounds
-
-
-def reduced_by(hlo):
-    """Returns "add" or "maximum" for each all-reduce."""
-    computations = dict(
-        re.findall(
-            r"all-reduce(?:-start)?\(.*channel_id=(\d+).*to_apply=(%[\w.-]+)", hlo
-        )
-    )
-    roots = [
-        re.search(rf"^{re.escape(name)} \(.*?ROOT \S+ = \S+ (\w+)\(", hlo, re.M | re.S)
-        for name in computations.values()
-    ]
-    return sorted(root[1] for root in roots)
-
-
-@pytest.mark.tpu
-@pytest.mark.parametrize(
-    ("size", "mu_dtype", "rounds"),
-    [
-        ("small", "float32", 3 * ["add"]),
-        ("medium", "float32", 3 * ["add"]),  # Twice as many leaves.
-        ("small", "int8", [*3 * ["add"], "maximum"]),
-    ],
-)
-def test_tpu_gathers_nothing_of_gpt2(v5e_devices, size, mu_dtype, rounds):
-    model = nnx.eval_shape(lambda: GPT2(SIZES[size], rngs=nnx.Rngs(0)))
-    params = nnx.state(model, nnx.Param)
-    mesh = make_mesh({"fsdp": 16}, v5e_devices)
-    shardings = param_shardings(mesh, params, GPT2.tensor_axes)
-    tx = steady_came(1e-3, weight_decay=0.1, mu_dtype=mu_dtype)
-    hlo = compiled_update(tx, params, shardings)
-    found = collectives(hlo)
-    assert {c.kind for c in found} == {"all-reduce"}
-    assert reduced_by(hlo) == rounds
-    assert len(found) == len(rounds)
-    # No array is larger than a row or a column, let alone a parameter.
-    longest = max(n for p in jax.tree.leaves(params) for n in p.shape)
-    assert max(size for c in found for size in c.arrays) <= 4 * longest
-    assert sum(c.bytes for c in found) <= (len(rounds) - 1) * bytes_of_sums(params)

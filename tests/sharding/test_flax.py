@@ -1,6 +1,5 @@
 """Flax's sharding metadata, and the trees of libraries that have none."""
 
-import dataclasses
 import functools
 
 import chex
@@ -128,41 +127,6 @@ def test_nnx_statistics_are_named_and_placed(mesh):
 
 
 @pytest.mark.slow
-def test_nnx_training_equals_that_of_separate_plain_layers(mesh):
-    model, optimizer = create()
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    plain = came(1e-3)
-
-    def separate(tree):
-        slices = jax.tree.map(list, tree["layers"])
-        return {**tree, "layers": slices}
-
-    @jax.jit
-    def reference_step(params, state):
-        grads = nnx.to_pure_dict(grad_of(params))
-        updates, state = plain.update(separate(grads), state, separate(params))
-        stacked = jax.tree.map(jnp.stack, updates["layers"], is_leaf=is_list)
-        return optax.apply_updates(params, {**updates, "layers": stacked}), state
-
-    graph, model_state = nnx.split(model)
-
-    def grad_of(params):
-        copy = jax.tree.map(lambda x: x, model_state)
-        nnx.replace_by_pure_dict(copy, params)
-        return nnx.grad(loss_of)(nnx.merge(graph, copy))
-
-    is_list = functools.partial(lambda kind, x: isinstance(x, kind), list)
-    state = plain.init(separate(params))
-    losses = []
-    for _ in range(3):
-        losses.append(train_step(model, optimizer))
-        params, state = reference_step(params, state)
-    assert losses[0] > losses[1] > losses[2]
-    trained = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    chex.assert_trees_all_close(trained, params, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.slow
 def test_nnx_functional_state(mesh):
     graph, params, rest = nnx.split(Model(nnx.Rngs(0)), nnx.Param, ...)
     shardings = state_sharding(TX, params, nnx.get_named_sharding(params, mesh))
@@ -218,10 +182,8 @@ def test_linen_train_state(auto_mesh, with_partitioning):
 
     abstract = jax.eval_shape(create, jax.random.key(0))
     specs = nn.get_partition_spec(abstract)
-    assert kernels(optax.tree.get(specs.opt_state, "mu")) == SPECS
-    assert kernels(optax.tree.get(specs.opt_state, "v_row")) == ROW_SPECS
-    assert kernels(optax.tree.get(specs.opt_state, "s_col")) == COL_SPECS
-
+    for field, expected in ("mu", SPECS), ("v_row", ROW_SPECS), ("s_col", COL_SPECS):
+        assert kernels(optax.tree.get(specs.opt_state, field)) == expected
     shardings = nn.get_sharding(abstract, mesh)
     for x, y in zip(
         jax.tree.leaves(shardings.opt_state),
@@ -230,8 +192,7 @@ def test_linen_train_state(auto_mesh, with_partitioning):
     ):
         assert x.is_equivalent_to(y, 3)
 
-    train_state = jax.jit(create, out_shardings=shardings)(jax.random.key(0))
-
+    @functools.partial(jax.jit, out_shardings=(shardings, None))
     def step(train_state):
         def loss_of(params):
             return jnp.mean((train_state.apply_fn({"params": params}, X) - 1) ** 2)
@@ -239,10 +200,8 @@ def test_linen_train_state(auto_mesh, with_partitioning):
         loss, grads = jax.value_and_grad(loss_of)(train_state.params)
         return train_state.apply_gradients(grads=grads), loss
 
-    compiled = (
-        jax.jit(step, out_shardings=(shardings, None)).lower(train_state).compile()
-    )
-    losses = []
+    train_state = jax.jit(create, out_shardings=shardings)(jax.random.key(0))
+    compiled, losses = step.lower(train_state).compile(), []
     for _ in range(3):
         train_state, loss = compiled(train_state)
         losses.append(loss)
@@ -276,64 +235,29 @@ def test_nnx_trains_bfloat16_weights(mesh):
     assert min(jax.tree.leaves(moved)) > 1e-5
 
 
+def boxes(dtype=jnp.float32):
+    return nn.Partitioned(jnp.ones((4, 4), dtype), names=("fsdp", "tensor"))
+
+
+def check_update(tx, params, state):
+    updates, new_state = tx.update(params, state, params)
+    assert jax.tree.structure(new_state) == jax.tree.structure(state)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    return new_state
+
+
 def test_linen_boxes_of_remainders():
-    box = functools.partial(nn.Partitioned, names=("fsdp", "tensor"))
-    params = {
-        "narrow": box(jnp.ones((4, 4), jnp.bfloat16)),
-        "wide": box(jnp.ones((4, 4))),
-    }
+    params = {"narrow": boxes(jnp.bfloat16), "wide": boxes()}
     state = NARROW.init(params)
     assert state.remainder["narrow"].names == ("fsdp", "tensor")
     assert state.remainder["wide"].names == (None,)
-    updates, new_state = NARROW.update(params, state, params)
-    assert jax.tree.structure(new_state) == jax.tree.structure(state)
-    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    new_state = check_update(NARROW, params, state)
     assert master_weights(params, new_state)["narrow"].names == ("fsdp", "tensor")
 
 
 def test_half_masked_boxes():
     tx = optax.masked(came(1e-3), {"up": True, "down": False})
-    params = {
-        name: nn.Partitioned(jnp.ones((4, 4)), names=("fsdp", "tensor"))
-        for name in ("up", "down")
-    }
+    params = {"up": boxes(), "down": boxes()}
     state = tx.init(params)
     assert optax.tree.get(state, "v_col")["up"].names == ("tensor",)
-    updates, new_state = tx.update(params, state, params)
-    assert jax.tree.structure(new_state) == jax.tree.structure(state)
-    assert jax.tree.structure(updates) == jax.tree.structure(params)
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["weight", "bias"],
-    meta_fields=["activation"],
-)
-@dataclasses.dataclass
-class EquinoxStyle:
-    weight: jax.Array
-    bias: jax.Array | None
-    activation: str
-
-
-@pytest.mark.parametrize(
-    ("params", "specs"),
-    [
-        (
-            [EquinoxStyle(jnp.ones((8, 4)), None, "relu")],
-            [EquinoxStyle(P("fsdp", "tensor"), None, "relu")],
-        ),
-        (
-            {"mlp/~/linear_0": {"w": jnp.ones((8, 4)), "b": jnp.ones(4)}},
-            {"mlp/~/linear_0": {"w": P("fsdp", "tensor"), "b": P("tensor")}},
-        ),
-    ],
-    ids=["equinox", "haiku"],
-)
-def test_trees_of_other_libraries(params, specs):
-    tx = came(1e-3, weight_decay=0.1)
-    state = tx.init(params)
-    updates, new_state = jax.jit(tx.update)(params, state, params)
-    assert jax.tree.structure(new_state) == jax.tree.structure(state)
-    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
-    assert optax.tree.get(state_sharding(tx, params, specs), "mu") == specs
+    check_update(tx, params, state)

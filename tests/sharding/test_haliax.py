@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from came_optax import BalancedSplit, Stacked, came, convert_state, steady_came
+from came_optax import BalancedSplit, Stacked, came, steady_came
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -106,11 +106,3 @@ def test_named_jit_places_the_state(mu_dtype):
     }
     assert query["v_row"].array.sharding.spec == P(None, "fsdp")
     assert query["v_col"].array.sharding.spec == P(None, "tensor", None)
-
-
-@pytest.mark.slow
-def test_a_job_is_moved():
-    model = make_model()
-    old, new = optax.adamw(1e-3), steady_came(1e-3, factoring=RULE, mu_dtype="int8")
-    state = convert_state(old.init(model), model, old=old, new=new)
-    assert jax.tree.structure(state) == jax.tree.structure(new.init(model))
