@@ -7,8 +7,6 @@ import pathlib
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from typing import Any
 
 import jax
 import numpy as np
@@ -32,13 +30,13 @@ TUNE = Part("tune", "tune", "t", 1, ["a", "b"], [100, 101], runs=8, repeats=2)
 JUDGE = Part("judge", "judge", "t", 1, ["a", "b"], [0, 1, 2], settings="tune")
 
 
-def named(*parts: Part) -> dict[str, Part]:
+def named(*parts):
     return {part.name: part for part in parts}
 
 
-def sketch(**changes: Any) -> Protocol:
+def sketch(**changes):
     start = {"learning_rate": 1.0, "b1": 0.2}
-    values: dict[str, Any] = {
+    values = {
         "corpora": [],
         "tasks": {},
         "optimizers": {name: Optimizer("m:f", start) for name in "ab"},
@@ -48,26 +46,26 @@ def sketch(**changes: Any) -> Protocol:
     return Protocol(**values | changes)
 
 
-def bowl(run: Run) -> float:
+def bowl(run):
     """Lowest at a learning rate of 3 and a β1 of 0.1."""
     s = run.settings
     return (s["learning_rate"] - 3) ** 2 + s["b1"] + run.seed / 1e6
 
 
-def carry_out(study: Protocol, loss=bowl, most: int = 10**6) -> dict[str, float]:
+def carry_out(study, loss=bowl, most=10**6):
     """Does runs as one worker would."""
-    losses: dict[str, float] = {}
+    losses = {}
     while len(losses) < most and (runs := list(study.pending(losses))):
         losses[runs[0].key] = loss(runs[0])
     return losses
 
 
-def runs_of(losses: dict[str, float], part: str, name: str) -> list[Run]:
+def runs_of(losses, part, name):
     runs = [Run(*json.loads(key)) for key in losses]
     return [run for run in runs if (run.part, run.optimizer) == (part, name)]
 
 
-def test_search_follows_the_loss_down_and_spends_its_runs_on_the_best() -> None:
+def test_search_follows_the_loss_down_and_spends_its_runs_on_the_best():
     losses = carry_out(sketch())
     runs = runs_of(losses, "tune", "a")
     rates = [(run.settings["learning_rate"], run.settings["b1"]) for run in runs]
@@ -79,8 +77,8 @@ def test_search_follows_the_loss_down_and_spends_its_runs_on_the_best() -> None:
     assert all(run.settings == {"learning_rate": 3, "b1": 0.1} for run in judged)
 
 
-def test_second_seed_has_a_say() -> None:
-    def loss(run: Run) -> float:
+def test_second_seed_has_a_say():
+    def loss(run):
         lucky = run.seed == 100 and run.settings["b1"] == 0.1
         return bowl(run) + (0 if lucky else run.settings["b1"] < 0.15)
 
@@ -89,34 +87,30 @@ def test_second_seed_has_a_say() -> None:
 
 
 @pytest.mark.parametrize("most", [3, 6, 9])
-def test_optimizers_take_turns(most: int) -> None:
+def test_optimizers_take_turns(most):
     losses = carry_out(sketch(), most=most)
     counts = [len(runs_of(losses, "tune", name)) for name in "ab"]
     assert sum(counts) == most and max(counts) - min(counts) <= 1
+    assert [run.optimizer for run in sketch().pending({})] == ["a", "b"]
 
 
-def test_another_worker_finds_other_runs_to_do() -> None:
-    first, second = list(sketch().pending({}))[:2]
-    assert (first.optimizer, second.optimizer) == ("a", "b")
-
-
-def test_divergence_is_never_chosen() -> None:
+def test_divergence_is_never_chosen():
     losses = carry_out(sketch(), lambda run: math.inf)
     assert not runs_of(losses, "judge", "a")
 
 
-def test_parts_without_settings_run_what_optimizers_start_with() -> None:
+def test_parts_without_settings_run_what_optimizers_start_with():
     losses = carry_out(sketch(parts=named(dataclasses.replace(JUDGE, settings=""))))
     runs = runs_of(losses, "judge", "a")
     assert [run.settings for run in runs] == [{"learning_rate": 1.0, "b1": 0.2}] * 3
 
 
-def test_rates_are_searched_again_around_the_one_chosen() -> None:
+def test_rates_are_searched_again_around_the_one_chosen():
     rates = Part("rates", "rates", "t", 1, ["a"], [100], settings="tune")
     judge = dataclasses.replace(JUDGE, settings="rates", optimizers=["a"])
     study = sketch(parts=named(TUNE, rates, judge))
 
-    def loss(run: Run) -> float:
+    def loss(run):
         moved = run.part != "tune"
         return bowl(run) - 3 * moved * run.settings["learning_rate"]
 
@@ -127,24 +121,20 @@ def test_rates_are_searched_again_around_the_one_chosen() -> None:
 
 
 @pytest.mark.parametrize(("behind", "form"), [(0.001, "a"), (0.1, "b")])
-def test_form_is_the_simplest_within_an_error_of_the_best(
-    behind: float, form: str
-) -> None:
-    known = sketch().optimizers
-    both = Optimizer(simplest_of=["a", "b"], judged_on=["judge"])
-    stored = Optimizer(like="both", fixed={"mu_dtype": "int8"})
+def test_form_is_the_simplest_within_an_error_of_the_best(behind, form):
+    start = {"learning_rate": 1.0, "b1": 0.2}
     last = dataclasses.replace(JUDGE, name="last", optimizers=["both", "stored"])
     study = sketch(
         optimizers={
-            "a": dataclasses.replace(known["a"], make="builtins:dict"),
-            "b": dataclasses.replace(known["b"], make="builtins:dict", fixed={"b": 1}),
-            "both": both,
-            "stored": stored,
+            "a": Optimizer("builtins:dict", start),
+            "b": Optimizer("builtins:dict", start, fixed={"b": 1}),
+            "both": Optimizer(simplest_of=["a", "b"], judged_on=["judge"]),
+            "stored": Optimizer(like="both", fixed={"mu_dtype": "int8"}),
         },
         parts=named(TUNE, JUDGE, last),
     )
 
-    def loss(run: Run) -> float:
+    def loss(run):
         noise = 0.01 * (run.seed + 1) * (run.seed < 10)
         return bowl(run) + (behind + noise * (run.seed - 1)) * (run.optimizer == "a")
 
@@ -155,7 +145,7 @@ def test_form_is_the_simplest_within_an_error_of_the_best(
     assert made == {"mu_dtype": "int8"} | ({"b": 1} if form == "b" else {})
 
 
-def test_log_survives_a_line_cut_short(tmp_path: pathlib.Path) -> None:
+def test_log_survives_a_line_cut_short(tmp_path):
     path = tmp_path / "runs.jsonl"
     row = Run("tune", "a", {"b1": 0.2}, 100)._asdict() | {"loss": 1.5}
     log.append(path, row)
@@ -177,7 +167,7 @@ with log.claim(pathlib.Path(sys.argv[1]), Run("tune", "a", {}, 0)):
 """
 
 
-def test_a_claim_ends_with_its_process(tmp_path: pathlib.Path) -> None:
+def test_a_claim_ends_with_its_process(tmp_path):
     run = Run("tune", "a", {}, 0)
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)],
@@ -185,7 +175,6 @@ def test_a_claim_ends_with_its_process(tmp_path: pathlib.Path) -> None:
         stdout=subprocess.PIPE,
         cwd=pathlib.Path(compare_optimizers.__file__).parent,
     )
-    assert process.stdin and process.stdout
     assert process.stdout.readline() == b"ready\n"
     with log.claim(tmp_path, run) as state:
         assert state is None
@@ -196,7 +185,7 @@ def test_a_claim_ends_with_its_process(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def splits() -> Splits:
+def splits():
     config = gpt2.GPT2Config(
         vocab_size=13, n_positions=8, n_embd=12, n_layer=1, n_head=3
     )
@@ -213,7 +202,7 @@ def splits() -> Splits:
 
 
 @pytest.fixture
-def traced_betas() -> Iterator[None]:
+def traced_betas():
     """optax takes an array's power to an int32 count."""
     with jax.numpy_dtype_promotion("standard"):
         yield
@@ -225,7 +214,7 @@ MADE = [name for name, optimizer in STUDY.optimizers.items() if optimizer.make]
 
 @pytest.mark.usefixtures("traced_betas")
 @pytest.mark.parametrize("name", MADE)
-def test_each_optimizer_learns_with_traced_settings(name: str) -> None:
+def test_each_optimizer_learns_with_traced_settings(name):
     pytest.importorskip("flashoptim_jax") if name == "flash-adamw" else None
     rng = np.random.default_rng(0)
     shapes = {"embedding": (5, 4), "kernel": (4, 6), "bias": (6,)}
@@ -234,14 +223,14 @@ def test_each_optimizer_learns_with_traced_settings(name: str) -> None:
         for _ in range(2)
     )
 
-    def make(**settings: Any) -> optax.GradientTransformation:
+    def make(**settings):
         rate = settings.pop("learning_rate")
         return STUDY.build(name, {})(lambda _: rate, **settings)
 
-    def loss(params: Any) -> jax.Array:
+    def loss(params):
         return optax.tree.norm(optax.tree.sub(params, goal), squared=True)
 
-    def step(carry: Any, _: Any) -> tuple[Any, jax.Array]:
+    def step(carry, _):
         params, state = carry
         value, gradient = jax.value_and_grad(loss)(params)
         updates, state = tx.update(gradient, state, params)
@@ -256,7 +245,7 @@ def test_each_optimizer_learns_with_traced_settings(name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def series(splits: Splits) -> training.Series:
+def series(splits):
     with jax.numpy_dtype_promotion("standard"):
         make = STUDY.build("steady-came-int8", {})
         return training.Series(splits, 8, make, START)
@@ -266,61 +255,50 @@ START = {**STUDY.optimizers["steady-came"].start, "learning_rate": 0.01}
 
 
 @pytest.mark.usefixtures("traced_betas")
-def test_run(series: training.Series, tmp_path: pathlib.Path) -> None:
-    path = tmp_path / "state.npz"
-    row = series.run(START, 0, 40, 2, tuning=True, path=path)
+def test_run(series, tmp_path):
+    def run(settings=START, seed=0, evaluations=1, tuning=True):
+        path = tmp_path / "state.npz"
+        return series.run(settings, seed, 40, evaluations, tuning=tuning, path=path)
+
+    row = run(evaluations=2)
     assert [step for step, _ in row["evaluations"]] == [20, 40]
     assert row["loss"] == row["evaluations"][-1][1] < row["unigram"]
     assert json.loads(json.dumps(row)) == row
-    again = series.run(START, 0, 40, 1, tuning=True, path=path)
-    assert again["training"] == row["training"]
-    slower = {**START, "learning_rate": 1e-4}
-    others = [
-        series.run(START, 1, 40, 1, tuning=True, path=path),
-        series.run(START, 0, 40, 1, tuning=False, path=path),
-        series.run(slower, 0, 40, 1, tuning=True, path=path),
-    ]
+    assert run()["training"] == row["training"]
+    slower = run({**START, "learning_rate": 1e-4})
+    others = [run(seed=1), run(tuning=False), slower]
     assert len({row["loss"], *(other["loss"] for other in others)}) == 4
-    assert others[-1]["loss"] > row["loss"]
-
-
-class Stopped(Exception):
-    pass
+    assert slower["loss"] > row["loss"]
+    diverged = run({**START, "weight_decay": 1e30})
+    assert diverged["loss"] is None and len(diverged["training"]) < 4
 
 
 @pytest.mark.usefixtures("traced_betas")
-def test_interrupted_run_ends_as_it_would_have(
-    series: training.Series, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "state.npz"
-    whole = series.run(START, 3, 60, 3, tuning=False, path=path)
-    monkeypatch.setattr(training, "SAVE", 0.0)
-    saved, count = training.save, []
+def test_interrupted_run_ends_as_it_would_have(series, tmp_path, monkeypatch):
+    def run():
+        path = tmp_path / "state.npz"
+        return series.run(START, 3, 60, 3, tuning=False, path=path)
 
-    def save(*args: Any) -> None:
+    whole, saved, count = run(), training.save, []
+
+    def save(*args):
         saved(*args)
         count.append(args)
         if len(count) == 3:
-            raise Stopped
+            raise InterruptedError
 
+    monkeypatch.setattr(training, "SAVE", 0.0)
     monkeypatch.setattr(training, "save", save)
-    with pytest.raises(Stopped):
-        series.run(START, 3, 60, 3, tuning=False, path=path)
-    resumed = series.run(START, 3, 60, 3, tuning=False, path=path)
+    with pytest.raises(InterruptedError):
+        run()
+    resumed = run()
     assert len(count) == 6
     for name in ("loss", "training", "evaluations"):
         assert resumed[name] == whole[name]
 
 
-@pytest.mark.usefixtures("traced_betas")
-def test_divergence_ends_a_run(series: training.Series, tmp_path: pathlib.Path) -> None:
-    settings = {**START, "weight_decay": 1e30}
-    row = series.run(settings, 0, 40, 1, tuning=True, path=tmp_path / "x")
-    assert row["loss"] is None and len(row["training"]) < 4
-
-
-def test_matmul_flops() -> None:
-    def f(x: jax.Array) -> jax.Array:
+def test_matmul_flops():
+    def f(x):
         x, _ = jax.lax.scan(lambda c, _: (c @ c, None), x, length=3)
         return jax.jit(lambda y: y @ y.T)(x)
 
@@ -328,14 +306,14 @@ def test_matmul_flops() -> None:
     assert training.matmul_flops(jaxpr) == 4 * 2 * 4**3
 
 
-def test_schedule() -> None:
+def test_schedule():
     schedule = protocol.make_schedule(2.0, 0.1, 100)
     values = np.asarray([schedule(k) for k in (0, 10, 55, 100)])
     np.testing.assert_allclose(values, [2 / 11, 2.0, 1.1, 0.2], rtol=1e-6)
 
 
 @pytest.mark.usefixtures("traced_betas")
-def test_newton_schulz_is_that_of_optax() -> None:
+def test_newton_schulz_is_that_of_optax():
     kernel = {"kernel": np.random.default_rng(0).normal(size=(6, 15)).astype("f")}
     ours, theirs = (
         tx.update(kernel, tx.init(kernel), kernel)[0]["kernel"]
@@ -347,32 +325,20 @@ def test_newton_schulz_is_that_of_optax() -> None:
     np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
-def test_page_is_what_it_says() -> None:
-    """Every optimizer of every part is known, and settings come from earlier parts."""
-    names = list(STUDY.parts)
-    for k, part in enumerate(STUDY.parts.values()):
-        assert part.task in STUDY.tasks and part.kind in ("tune", "rates", "judge")
-        assert part.kind == "tune" or names.index(part.settings) < k
-        assert not set(part.optimizers) - set(STUDY.optimizers)
-    judging = {s for p in STUDY.parts.values() if p.kind == "judge" for s in p.seeds}
-    tuning = {s for p in STUDY.parts.values() if p.kind != "judge" for s in p.seeds}
-    assert not judging & tuning
-
-
-def test_protocol_with_an_unknown_setting(tmp_path: pathlib.Path) -> None:
+def test_protocol_with_an_unknown_setting(tmp_path):
     page = tmp_path / "protocol.md"
     page.write_text(PAGE.read_text().replace("b1 = 0.95, rest", "b1 = 0.96, rest", 1))
     with pytest.raises(UserError, match=re.escape("muon: b1 0.96 isn't on the grid")):
         protocol.read(page)
 
 
-def finished(run: Run, loss: float | None, **about: Any) -> dict[str, Any]:
+def finished(run, loss, **about):
     row = {"loss": loss, "tokens": 100, "steps": 40, "training": [3.0, 2.4, 2.2, 2.0]}
     row |= {"unigram": 2.9, "parameters": 100, "matmul_flops_per_step": 10**9}
     return run._asdict() | row | {"state_bytes_per_parameter": 8.0} | about
 
 
-def test_report_says_what_is_there_and_what_is_missing(tmp_path: pathlib.Path) -> None:
+def test_report_says_what_is_there_and_what_is_missing(tmp_path):
     names = ["adamw", "muon", "lion"]
     start = {"learning_rate": 1.0, "b1": 0.2}
     tune = dataclasses.replace(TUNE, task="gpt2-small", optimizers=names)
@@ -381,7 +347,7 @@ def test_report_says_what_is_there_and_what_is_missing(tmp_path: pathlib.Path) -
     sizes = {"gpt2-small": 10**5, "gpt2-middle": 10**6}
     parts = [tune, *(Part(name=size, task=size, **judge) for size in sizes)]
     optimizers = {name: Optimizer("m:f", start) for name in names}
-    tasks: dict[str, Any] = {size: {} for size in sizes}
+    tasks = {size: {} for size in sizes}
     study = sketch(parts=named(*parts), optimizers=optimizers, tasks=tasks)
     path = tmp_path / "runs.jsonl"
     log.append(path, finished(Run("tune", "lion", start, 100), 2.5))
@@ -405,47 +371,49 @@ def test_report_says_what_is_there_and_what_is_missing(tmp_path: pathlib.Path) -
     assert (tmp_path / "results.svg").stat().st_size > 10_000
 
 
-def test_report_of_nothing(tmp_path: pathlib.Path) -> None:
+def test_report_of_nothing_and_the_page_is_what_it_says(tmp_path):
+    """Every optimizer of every part is known, and settings come from earlier parts."""
     assert "tune: 0 of 275 runs" in report.write(STUDY, tmp_path)
+    names, seeds = list(STUDY.parts), {True: set(), False: set()}
+    for k, part in enumerate(STUDY.parts.values()):
+        assert part.task in STUDY.tasks and part.kind in ("tune", "rates", "judge")
+        assert part.kind == "tune" or names.index(part.settings) < k
+        assert not set(part.optimizers) - set(STUDY.optimizers)
+        seeds[part.kind == "judge"] |= set(part.seeds)
+    assert not seeds[True] & seeds[False]
 
 
-def test_what_diverged_is_infinitely_bad() -> None:
-    assert report.losses([{"loss": 1.0}, {"loss": None}]).tolist() == [1.0, math.inf]
-
-
-def test_data_law_finds_what_made_the_losses() -> None:
+def test_data_law_finds_what_made_the_losses():
     tokens = np.asarray([1.0, 2.0, 4.0, 8.0, 16.0])
-    exact = report.DataLaw(tokens, 2 + 0.5 * tokens**-0.4, np.zeros(5))
-    needed, error = exact.tokens_for(2 + 0.5 * 6.0**-0.4, 0.0)
-    assert needed == pytest.approx(6.0, rel=0.01) and error == pytest.approx(
-        0, abs=1e-6
-    )
-    noisy = report.DataLaw(tokens, 2 + 0.5 * tokens**-0.4, np.full(5, 0.01))
-    assert 0.1 < noisy.tokens_for(2 + 0.5 * 6.0**-0.4, 0.01)[1] < 6
+    losses, at_6 = 2 + 0.5 * tokens**-0.4, 2 + 0.5 * 6.0**-0.4
+    exact = report.DataLaw(tokens, losses, np.zeros(5))
+    assert exact.tokens_for(at_6, 0.0)[0] == pytest.approx(6.0, rel=0.01)
+    assert exact.tokens_for(at_6, 0.0)[1] == pytest.approx(0, abs=1e-6)
+    noisy = report.DataLaw(tokens, losses, np.full(5, 0.01))
+    assert 0.1 < noisy.tokens_for(at_6, 0.01)[1] < 6
     assert exact.tokens_for(1.0, 0.0) == (math.inf, math.inf)
 
 
-def test_plateau() -> None:
+def test_plateau():
     row = finished(Run("p", "a", {}, 0), 1.0)
     assert report.plateau(row) == 30
     assert report.plateau({**row, "unigram": 2.0}) == math.inf
+    assert report.losses([row, {"loss": None}]).tolist() == [1.0, math.inf]
 
 
-def test_worker_does_all_there_is_to_do(
-    splits: Splits, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_worker_does_all_there_is_to_do(splits, tmp_path, monkeypatch):
     monkeypatch.setattr(compare_optimizers.tasks, "make", lambda *_: splits)
-    done: list[tuple[Any, ...]] = []
+    done = []
 
     class FakeSeries:
-        def __init__(self, splits: Splits, *_: Any) -> None:
+        def __init__(self, splits, *_):
             params = nnx.state(splits.task.make_model(nnx.Rngs(0)), nnx.Param)
             assert {p.dtype.name for p in jax.tree.leaves(params)} == {"bfloat16"}
 
-        def steps(self, budget: float) -> int:
+        def steps(self, budget):
             return int(10 * budget)
 
-        def run(self, settings: Any, seed: int, steps: int, *_: Any, **how: Any) -> Any:
+        def run(self, settings, seed, steps, *_, **how):
             done.append((settings["learning_rate"], seed, steps, how["tuning"]))
             loss = bowl(Run("", "", settings, seed))
             return {"loss": loss, "seconds": 1.0}

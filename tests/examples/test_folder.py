@@ -2,6 +2,7 @@
 
 import errno
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,12 @@ def test_two_runs_started_at_once_have_two_folders():
     assert os.listdir("runs") == ["name-2"]  # The other was empty.
 
 
+def test_a_new_folder_is_removed_if_nothing_was_written():
+    with pytest.raises(UserError), claim("name", RunOptions()):
+        raise UserError("wrong")
+    assert os.listdir() == []
+
+
 def test_a_folder_in_use_is_refused_and_a_dead_run_does_not_block():
     options = RunOptions(output="mine/run")
     with claim("name", options):
@@ -72,12 +79,6 @@ def test_what_cannot_be_claimed_is_refused_and_nothing_new_stays(options, messag
         with claim("name", options):
             pass
     assert set(os.listdir()) == {"file", "saved"}
-
-
-def test_a_new_folder_is_removed_if_nothing_was_written():
-    with pytest.raises(UserError), claim("name", RunOptions()):
-        raise UserError("wrong")
-    assert os.listdir() == []
 
 
 def test_the_last_run_that_saved_is_resumed():
@@ -147,14 +148,20 @@ def damaging(path):
         ("bit", bytes([content[0] ^ 4]) + content[1:] if content else b"x"),
         ("last bit", content[:-1] + bytes([content[-1] ^ 64]) if content else b"y"),
         ("zeros", bytes(len(content))),
+        ("noise", random.Random(0).randbytes(len(content))),
+        ("a folder", None),
         ("absent", None),
     ):
-        if changed == content or (changed is None and path.name == "SHA256SUMS"):
+        if changed == content or (name == "absent" and path.name == "SHA256SUMS"):
             continue  # Without its sums it isn't a checkpoint.
         path.unlink()
-        if changed is not None:
+        if name == "a folder":
+            path.mkdir()
+        elif changed is not None:
             path.write_bytes(changed)
         yield name
+        if name == "a folder":
+            path.rmdir()
         path.write_bytes(content)
 
 

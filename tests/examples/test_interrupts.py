@@ -61,16 +61,17 @@ def test_ctrl_c_saves_and_says_how_to_go_on_and_a_full_disk_keeps_that(start):
     assert "is saved in run\n" in error
     go_on = error.partition("Continue: ")[2].strip()  # From anywhere, as it stands.
     step = int(error.partition("interrupted; step ")[2].partition(" ")[0])
+    go_on = f"{go_on} --steps {step + 2}"
 
     # Blocks of 512 bytes; compiled programs would not fit either.
     limit = "ulimit -f 100 && export JAX_ENABLE_COMPILATION_CACHE=false"
-    process = start(f"{limit} && {go_on} --steps {step + 2}", Path("/"))
+    process = start(f"{limit} && {go_on}", Path("/"))
     _, error = process.communicate()
     assert process.returncode == 2, error
     line = f"cannot save step {step + 2}: File too large; step {step} is saved in run\n"
     assert line in error
     assert "Traceback" not in error, error
-    process = start(f"{go_on} --steps {step + 2}", Path("/"))
+    process = start(go_on, Path("/"))
     output, error = process.communicate()
     assert (process.returncode, error) == (0, "")
     assert f"in {step + 2} steps" in output

@@ -44,13 +44,13 @@ def implicit_promotion():
         yield
 
 
-def train(tx, steps, accumulate=1, task=TASK):
+def train(tx, steps, accumulate=1, task=TASK, batch=BATCH):
     mesh = sharding.make_mesh()
     state = step.make_init(task, tx, mesh)(0)
     train_step = step.make_train_step(task, tx, accumulate, 0, mesh)
     losses = []
     for _ in range(steps):
-        state, metrics = train_step(state, sharding.put_batch(BATCH, mesh))
+        state, metrics = train_step(state, sharding.put_batch(batch, mesh))
         losses.append(float(metrics["loss"]))
     assert train_step._cache_size() == 1
     return state, losses
@@ -69,9 +69,8 @@ def test_loss_falls(optimizer, dtype):
     options = OptimizerOptions(optimizer=optimizer, learning_rate=2e-3, warmup=0)
     tx = make_optimizer(options, make_schedule(options, 10), dtype)
     state, losses = train(tx, 5, task=with_param_dtype(TASK, dtype))
-    assert (optax.tree.get(state.opt_state, "remainder") is None) == (
-        dtype == "float32"
-    )
+    remainder = optax.tree.get(state.opt_state, "remainder")
+    assert (remainder is None) == (dtype == "float32")
     assert losses[0] == pytest.approx(np.log(13), rel=0.02)
     assert losses[-1] < losses[0] - 0.01
     assert state.step == 5
@@ -80,17 +79,15 @@ def test_loss_falls(optimizer, dtype):
 
 
 def test_pretrained_parameters_keep_the_dtype_and_the_devices_of_the_first():
-    task = with_param_dtype(TASK, "bfloat16")
     task = dataclasses.replace(
-        task, pretrained=lambda params: jax.tree.map(np.float32, params)
+        with_param_dtype(TASK, "bfloat16"),
+        pretrained=lambda params: jax.tree.map(np.float32, params),
     )
     init = step.make_init(task, optax.sgd(1.0), sharding.make_mesh())
-    state, expected = step.first_state(task, init, 0), init(0)
-    chex.assert_trees_all_equal(state.params, expected.params)
-    chex.assert_trees_all_equal_shapes_and_dtypes(state.params, expected.params)
-    for p, q in zip(
-        *map(jax.tree.leaves, (state.params, expected.params)), strict=True
-    ):
+    params, expected = step.first_state(task, init, 0).params, init(0).params
+    chex.assert_trees_all_equal(params, expected)
+    chex.assert_trees_all_equal_shapes_and_dtypes(params, expected)
+    for p, q in zip(*map(jax.tree.leaves, (params, expected)), strict=True):
         assert p.sharding == q.sharding
 
 
@@ -109,19 +106,15 @@ def test_gradients_of_many_parts_are_added_up_in_float32():
     task = dataclasses.replace(
         TASK, make_model=lambda rngs: nnx.Linear(32, 32, rngs=rngs), loss_fn=loss_fn
     )
-    rng, weight = np.random.default_rng(0), np.ones(512, np.float32)
-    batch = {"x": rng.normal(size=(512, 32)).astype(np.float32), "weight": weight}
-    mesh, gradients = sharding.make_mesh(), []
-    for dtype, accumulate in ("float32", 1), ("bfloat16", 64):
-        tx, of_dtype = optax.trace(0.0), with_param_dtype(task, dtype)
-        state = step.make_init(of_dtype, tx, mesh)(0)
-        train_step = step.make_train_step(of_dtype, tx, accumulate, 0, mesh)
-        state, _ = train_step(state, sharding.put_batch(batch, mesh))
+    x = np.random.default_rng(0).normal(size=(512, 32)).astype(np.float32)
+    batch, gradients = {"x": x, "weight": np.ones(512, np.float32)}, []
+    for dtype, parts in ("float32", 1), ("bfloat16", 64):
+        of_dtype = with_param_dtype(task, dtype)
+        state, _ = train(optax.trace(0.0), 1, parts, of_dtype, batch)
         kernel = optax.tree.get(state.opt_state, "trace")["kernel"]
         gradients.append(np.asarray(kernel[...], np.float64))
     exact, parts = gradients
-    error = np.sqrt(np.mean((parts - exact) ** 2) / np.mean(exact**2))
-    assert error < 3e-3
+    assert np.sqrt(np.mean((parts - exact) ** 2) / np.mean(exact**2)) < 3e-3
 
 
 def test_evaluation_leaves_padding_out():
@@ -155,16 +148,17 @@ def test_batches_must_split_evenly():
             sharding.check_batch_size(batch_size, accumulate, mesh)
 
 
+OTHERS = {"bias_correction": False, "b2": 0.5}
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
         ({"optimizer": "came"}, steady_came(1e-2)),
         ({"optimizer": "published-came"}, came(1e-2)),
         (
-            {"bias_correction": False, "update_clipping_threshold": 0, "b2": 0.5},
-            steady_came(
-                1e-2, b2=0.5, bias_correction=False, update_clipping_threshold=None
-            ),
+            {"update_clipping_threshold": 0, **OTHERS},
+            steady_came(1e-2, update_clipping_threshold=None, **OTHERS),
         ),
         ({"optimizer": "came-muon", "b1": 0.9}, came_muon(1e-2, b1=0.9)),
         ({"optimizer": "nadamw"}, optax.nadamw(1e-2, b2=0.95, weight_decay=0)),
@@ -179,9 +173,8 @@ def test_update_rules_have_their_own_defaults(options, expected):
     def three_steps(tx):
         state, updates = tx.init(params), []
         for scale in (1.0, -0.5, 2.0):
-            update, state = tx.update(
-                {"kernel": scale * params["kernel"]}, state, params
-            )
+            grads = {"kernel": scale * params["kernel"]}
+            update, state = tx.update(grads, state, params)
             updates.append(update["kernel"])
         return updates
 

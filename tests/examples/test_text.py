@@ -54,18 +54,17 @@ def test_one_wide_character_does_not_widen_a_large_file(tmp_path):
 
 
 def test_a_file_is_a_document_unless_it_is_large(tmp_path):
-    paths = []
-    for i in range(300):
-        paths.append(tmp_path / f"{i}.txt")
-        paths[-1].write_bytes(f"\ufeffFile {i} of a hundred characters. ".encode() * 4)
-    documents = corpus.load(TextOptions(text=list(map(str, paths))))
+    paths = [tmp_path / f"{i}.txt" for i in range(300)]
+    for i, path in enumerate(paths):
+        path.write_bytes(f"\ufeffFile {i} of a hundred characters. ".encode() * 4)
+    large = tmp_path / "large.txt"
+    large.write_text("A line.\n" * 2_000)
+    documents = corpus.load(TextOptions(text=[*map(str, paths)]))
     assert documents == [path.read_text("utf-8-sig") for path in paths]
-    (tmp_path / "large.txt").write_text("A line.\n" * 2_000)
-    paths.append(tmp_path / "large.txt")
-    documents = corpus.load(TextOptions(text=list(map(str, paths))))
-    assert documents[:300] == [path.read_text("utf-8-sig") for path in paths[:-1]]
-    assert "".join(documents[300:]) == "A line.\n" * 2_000
-    assert 15 < len(documents[300:]) < 30
+    more = corpus.load(TextOptions(text=[*map(str, [*paths, large])]))
+    assert more[:300] == documents
+    assert "".join(more[300:]) == "A line.\n" * 2_000
+    assert 15 < len(more[300:]) < 30
 
 
 def test_split_is_complete_and_a_document_stays_on_its_side():
@@ -108,25 +107,6 @@ def test_tokenizer_round_trip_and_cache(tmp_path, monkeypatch):
     assert len(list((tmp_path / "came-optax").iterdir())) == 3
 
 
-def test_encode_puts_the_start_token_before_each_document(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    tokenizer = tokenization.byte_level_bpe(DOCUMENTS, 300)
-    tokens = tokenization.encode(tokenizer, DOCUMENTS[:2], tokenization.END_OF_TEXT)
-    start = tokenizer.token_to_id(tokenization.END_OF_TEXT)
-    first, second = (tokenizer.encode(text).ids for text in DOCUMENTS[:2])
-    assert tokens.tolist() == [start, *first, start, *second]
-
-
-def test_encoding_takes_documents_in_batches(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    tokenizer = tokenization.byte_level_bpe(DOCUMENTS, 300)
-    whole = tokenization.encode(tokenizer, DOCUMENTS, tokenization.END_OF_TEXT)
-    monkeypatch.setattr(tokenization, "BATCH", 100)
-    parts = tokenization.encode(tokenizer, DOCUMENTS, tokenization.END_OF_TEXT)
-    assert np.array_equal(whole, parts)
-    assert whole.dtype == np.uint16
-
-
 def test_baselines_by_hand():
     # After 0 came 1 twice and 2 once; 3 never came.
     losses = tokenization.cross_entropies(
@@ -155,8 +135,6 @@ def test_baselines_count_in_parts(part, monkeypatch):
 def test_bigram_probabilities_sum_to_one():
     train = np.random.default_rng(0).integers(5, size=50)
     for before in range(6):  # 5 was never seen.
-        losses = [
-            tokenization.cross_entropies(train, np.array([before, after]), 6)["bigram"]
-            for after in range(6)
-        ]
+        pairs = (np.array([before, after]) for after in range(6))
+        losses = (tokenization.cross_entropies(train, x, 6)["bigram"] for x in pairs)
         assert sum(math.exp(-loss) for loss in losses) == pytest.approx(1)
