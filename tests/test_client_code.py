@@ -7,6 +7,7 @@ and nothing else: its loss is the distance of all parameters from 1.
 """
 
 import dataclasses
+import functools
 import json
 import operator
 import pathlib
@@ -14,6 +15,7 @@ import re
 import sys
 import tomllib
 import types
+from unittest import mock
 
 import chex
 import equinox as eqx
@@ -90,44 +92,36 @@ class Config(dict):
 
 
 def maxtext(name="came"):
-    config = Config(
-        opt_type=name,
-        adam_weight_decay=0.1,
-        mu_dtype=jnp.dtype("int8"),
-        param_scan_axis=1,
-    )
+    config = Config(opt_type=name, adam_weight_decay=0.1, mu_dtype=jnp.dtype("int8"))
+    config.param_scan_axis = 1
     schedule = optax.linear_schedule(0.0, 0.1, 5)
     return run_snippets("maxtext").get_optimizer(config, schedule)
 
 
 def levanter(name="came"):
     """From a module `levanter.optim` with the base class of its configurations."""
+    registered = {}
 
     @dataclasses.dataclass
     class OptimizerConfig:
         learning_rate: float = 0.1
         weight_decay: float = 0.0
 
-        registered = {}  # noqa: RUF012
-
         @classmethod
         def register_subclass(cls, name):
-            return lambda subclass: cls.registered.setdefault(name, subclass)
+            return lambda subclass: registered.setdefault(name, subclass)
 
         def lr_scheduler(self, num_train_steps):
             return optax.linear_schedule(self.learning_rate, 0.01, num_train_steps)
 
         def build_weight_decay_mask(self):
-            return lambda model: jax.tree.map(
-                lambda x: True, model, is_leaf=lambda x: hasattr(x, "axes")
-            )
+            return lambda model: jax.tree.map(lambda _: True, model)
 
     optim = types.SimpleNamespace(OptimizerConfig=OptimizerConfig)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "levanter", types.SimpleNamespace(optim=optim))
-        patch.setitem(sys.modules, "levanter.optim", optim)
+    modules = {"levanter": types.SimpleNamespace(optim=optim), "levanter.optim": optim}
+    with mock.patch.dict(sys.modules, modules):
         run_snippets("levanter")
-    return OptimizerConfig.registered[name](weight_decay=0.0).build(100)
+    return registered[name](weight_decay=0.0).build(100)
 
 
 PARTITION_RULES = (
@@ -144,19 +138,20 @@ def match_partition_rules(rules, tree):
 
     def spec(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if leaf.size <= 1:
-            return P()
-        return next(spec for pattern, spec in rules if re.search(pattern, name))
+        some = [(".*", P())] if leaf.size <= 1 else rules
+        return next(spec for pattern, spec in some if re.search(pattern, name))
 
     return jax.tree.map_with_path(spec, tree)
 
 
 def run_easylm():
     # What its state has is known only with its optimizer, hence the same one twice.
-    chain = optax.chain(
-        optax.clip_by_global_norm(1.0), steady_came(0.1, mu_dtype="bfloat16")
+    came = steady_came(0.1, mu_dtype="bfloat16")
+    tx, params = (
+        optax.chain(optax.clip_by_global_norm(1.0), came),
+        make_params("easylm"),
     )
-    params = make_params("easylm")
+    create = functools.partial(TrainState.create, apply_fn=None, params=params, tx=tx)
     return run_snippets(
         "easylm",
         config=Config(clip_gradient=1.0, weight_decay=0.0, bf16_momentum=True),
@@ -164,9 +159,7 @@ def run_easylm():
         weight_decay_mask=None,
         match_partition_rules=match_partition_rules,
         partition_rules=PARTITION_RULES,
-        train_state_shapes=jax.eval_shape(
-            lambda: TrainState.create(apply_fn=None, params=params, tx=chain)
-        ),
+        train_state_shapes=jax.eval_shape(create),
     )
 
 
@@ -181,8 +174,7 @@ def nanodo(name="came"):
 def big_vision(name="came"):
     """As `big_vision.optax.make` does, from a configuration that was stored as JSON."""
     config = Config(lr=0.1, grad_clip_norm=1.0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(optax, "came", None, raising=False)  # Undoes the snippet's.
+    with mock.patch.object(optax, "came", None, create=True):  # Undoes the snippet's.
         run_snippets("big_vision", config=config)
         if name == "came_muon":
             config |= {"optax_name": "came.scale_by_came_muon", "optax": {}}
@@ -278,19 +270,16 @@ def test_the_page_names_each_code_base():
 
 @pytest.mark.slow
 def test_easylm_shards_its_train_state_by_rules_for_parameters():
-    run = run_easylm()
+    run, params = run_easylm(), make_params("easylm")
     mesh = jax.make_mesh((2, 4), ("fsdp", "mp"), axis_types=(AxisType.Auto,) * 2)
 
     def create():
-        params = make_params("easylm")
         return TrainState.create(apply_fn=None, params=params, tx=run.optimizer)
 
     def init(partition):
-        shardings = jax.tree.map(
-            lambda spec: NamedSharding(mesh, spec),
-            partition,
-            is_leaf=lambda x: isinstance(x, P),
-        )
+        place = functools.partial(NamedSharding, mesh)
+        is_spec = functools.partial(lambda kind, x: isinstance(x, kind), P)
+        shardings = jax.tree.map(place, partition, is_leaf=is_spec)
         return jax.jit(create, out_shardings=shardings)()
 
     shapes, found = jax.eval_shape(create), run.train_state_partition

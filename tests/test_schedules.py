@@ -174,18 +174,18 @@ def test_codes(platform, mu_dtype):
             assert np.mean(difference > 1e-4 * np.abs(plain_m).max()) < 1e-2
 
 
+HALVES = [
+    scale_by_factored_moment(),
+    scale_by_confidence(nesterov=True),
+    quantized_ema(0.9, mu_dtype="float32", nesterov=True),
+]
+
+
 @pytest.mark.parametrize("platform", SCHEDULES)
-def test_each_half_alone(platform):
-    for tx in (scale_by_factored_moment(), scale_by_confidence(nesterov=True)):
+def test_each_half_and_momentum_alone(platform):
+    for tx in HALVES:
         found = run(tx, SCHEDULES[platform], np.float32)
         assert_close(found, run(tx, None, np.float32), 1e-5)
-
-
-@pytest.mark.parametrize("platform", SCHEDULES)
-def test_momentum_alone(platform):
-    tx = quantized_ema(0.9, mu_dtype="float32", nesterov=True)
-    found = run(tx, SCHEDULES[platform], np.float32)
-    assert_close(found, run(tx, None, np.float32), 1e-5)
 
 
 def off(function):
@@ -211,41 +211,42 @@ WRONG = {
 )
 def test_a_wrong_term_is_found(platform, term):
     module, name, function = WRONG[platform][term]
+    tx = scale_by_came(clipping_threshold=0.5)
     with mock.patch.object(module, name, function):
         jax.clear_caches()
-        found = run(
-            scale_by_came(clipping_threshold=0.5), SCHEDULES[platform], np.float32
-        )
+        found = run(tx, SCHEDULES[platform], np.float32)
     jax.clear_caches()
-    expected = run(scale_by_came(clipping_threshold=0.5), None, np.float32)
+    expected = run(tx, None, np.float32)
     with pytest.raises(AssertionError):
         assert_close(found, expected, 1e-5)
 
 
-def paper(grads, h):
+def paper(grads, h, corrected):
     """Algorithm 2 of a matrix in NumPy, as the paper has it: its last update."""
     n, k = grads[0].shape
     r, c, big_r, big_c, m = np.zeros((n, 1)), np.zeros((1, k)), 0.0, 0.0, 0.0
-    for g in grads:
+    for t, g in enumerate(grads, 1):
+        of_m, of_v, of_s = (1 - b**t if corrected else 1 for b in (h.b1, h.b2, h.b3))
         r = h.b2 * r + (1 - h.b2) * (g**2 + h.eps1).mean(1, keepdims=True)
         c = h.b2 * c + (1 - h.b2) * (g**2 + h.eps1).mean(0, keepdims=True)
-        u = g / np.sqrt(r @ c / r.mean())
+        u = g / np.sqrt(r @ c / r.mean() / of_v)
         u = u / max(1, np.sqrt((u**2).mean()) / h.clip)
         m = h.b1 * m + (1 - h.b1) * u
         instability = (u - m) ** 2 + h.eps2
         big_r = h.b3 * big_r + (1 - h.b3) * instability.mean(1, keepdims=True)
         big_c = h.b3 * big_c + (1 - h.b3) * instability.mean(0, keepdims=True)
-        update = m / np.sqrt(big_r @ big_c / big_r.mean())
+        update = m / of_m / np.sqrt(big_r @ big_c / big_r.mean() / of_s)
     return update
 
 
-def test_the_algorithm_is_the_papers():
+@pytest.mark.parametrize("corrected", [False, True])
+def test_the_algorithm_is_the_papers(corrected):
     with x64(True):
         grads = [np.random.default_rng(i).normal(size=(6, 9)) for i in range(20)]
-        tx = scale_by_came()
+        tx = scale_by_came(bias_correction=corrected)
         state = tx.init(jnp.asarray(grads[0]))
         with mock.patch.dict(schedules.BY_PLATFORM, clear=True):
             for g in grads:
                 update, state = jax.jit(tx.update)(jnp.asarray(g), state)
-        expected = paper(grads, algorithm.Hyperparameters())
+        expected = paper(grads, algorithm.Hyperparameters(), corrected)
         np.testing.assert_allclose(update, expected, rtol=1e-12)

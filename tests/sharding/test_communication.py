@@ -106,7 +106,7 @@ def reduced_by(hlo):
         ),
         (3, 256, largest, "float32"),
         (12, 768, largest, "float32"),  # As GPT-2 small.
-        (12, 768, largest, "int8"),
+        (3, 256, largest, "int8"),
     ],
 )
 def test_tpu_needs_three_rounds_whatever_the_number_of_leaves(
