@@ -200,8 +200,9 @@ def test_the_choice_is_in_the_table_of_leaves():
     assert "group" not in unlabelled
 
 
-@pytest.mark.parametrize("mu_dtype", ["float32", "int8"])
-@pytest.mark.parametrize("scheduled", [True, False])
+@pytest.mark.parametrize(
+    ("scheduled", "mu_dtype"), [(True, "float32"), (False, "int8")]
+)
 def test_hidden_matrices_are_orthogonalised_and_the_rest_is_steady_came(
     scheduled, mu_dtype
 ):
@@ -256,6 +257,7 @@ def test_updates_have_the_dtype_of_the_parameters():
 OTHERS = {"ns_coeffs": "polar_express", "factoring": LastTwoAxes(), "hidden": "kernel"}
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize(
     "options",
     [{}, {"weight_decay": 0.1, "mu_dtype": None, "consistent_rms": None, **OTHERS}],
@@ -321,6 +323,7 @@ MUON = optax.contrib.muon(
 )
 
 
+@pytest.mark.slow(but=2)
 @pytest.mark.parametrize(
     ("old", "new"),
     [

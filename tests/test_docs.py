@@ -1,65 +1,123 @@
-"""The documentation's code runs: blocks in pages, and the notebook."""
+"""The code of README, pages, notebook and recipes runs, and what they say is so."""
 
 import contextlib
 import io
 import json
 import pathlib
 import re
+import runpy
+import sys
+import tomllib
 
 import jax
 import jax.numpy as jnp
 import matplotlib
 import pytest
 
+import came_optax
 from came_optax import BalancedSplit, LastTwoAxes, Stacked, state_memory, steady_came
 
-DOCS = pathlib.Path(__file__).parent.parent / "docs"
-NOTEBOOK = DOCS / "getting-started.ipynb"
+ROOT = pathlib.Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = [*sorted([*DOCS.glob("*.md"), *DOCS.glob("examples/*.md")])]
 
 
-def blocks(path):
-    text = path.read_text(encoding="utf-8")
-    return re.findall(r"^```python\n(.*?)^```$", text, flags=re.M | re.S)
+def read(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def blocks(name):
+    return re.findall(r"^```python\n(.*?)^```$", read(name), flags=re.M | re.S)
+
+
+@pytest.fixture(autouse=True)
+def as_for_a_user():
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 def run(code):
-    names = {}
-    # As it is for a user.
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+    """Returns the names that some blocks leave, and what they print."""
+    names, printed = {}, io.StringIO()
+    with contextlib.redirect_stdout(printed):
         for block in code:
             exec(block, names)
-    return names
+    return names, printed.getvalue()
+
+
+@pytest.mark.parametrize("code", blocks("README.md"), ids=["pytree", "nnx"])
+def test_the_readmes_code_trains(code):
+    names, _ = run([code])
+    step, x, y = names["train_step"], names["x"], names["x"][:, :8]
+    for _ in range(20):
+        if "model" in names:
+            loss = step(names["model"], names["optimizer"], x, y)
+        else:
+            *names["carry"], loss = step(
+                *names.get("carry", (names["params"], names["state"])), x, y
+            )
+    assert loss < names["loss"]
+
+
+def test_the_readmes_links_lead_somewhere():
+    targets = re.findall(r"\]\((?!https?:)([^)]+)\)", read("README.md"))
+    assert targets
+    for target in targets:
+        assert (ROOT / target.partition("#")[0]).exists(), target
+
+
+def test_versions_agree():
+    version = came_optax.__version__
+    assert f"version = {{{version}}}" in read("README.md")
+    assert f"\nversion: {version}\n" in read("CITATION.cff")
+    extras = tomllib.loads(read("pyproject.toml"))["project"]["optional-dependencies"]
+    (pinned,) = (x for x in extras["dev"] if x.startswith("ruff"))
+    hooks = read(".pre-commit-config.yaml")  # Run the linter that make check runs.
+    assert set(re.findall(r"ruff==[\d.]+", hooks)) == {pinned}
+
+
+def test_documented_make_targets_are_there():
+    targets = set(re.findall(r"^([a-z-]+):", read("Makefile"), flags=re.M))
+    for document in ("README.md", "CONTRIBUTING.md", ".ci/run"):
+        pattern = r"^\s*(?:step .* )?make ([a-z-]+)"
+        named = set(re.findall(pattern, read(document), flags=re.M))
+        assert named and named <= targets
+
+
+def test_every_file_has_tests_that_are_quick(request):
+    items = request.session.items
+    quick = {item.path for item in items if item.get_closest_marker("slow") is None}
+    assert quick == {item.path for item in items}
+
+
+@pytest.mark.slow(but=5)
+@pytest.mark.parametrize("page", filter(blocks, PAGES), ids=lambda path: path.stem)
+def test_blocks_run(page):
+    run(blocks(page))
 
 
 @pytest.mark.slow(but=5)
 @pytest.mark.parametrize(
-    "path",
-    [
-        page
-        for page in sorted([*DOCS.glob("*.md"), *DOCS.glob("examples/*.md")])
-        if blocks(page)
-    ],
-    ids=lambda path: path.stem,
+    "path", sorted((DOCS / "recipes").glob("*.py")), ids=lambda path: path.stem
 )
-def test_blocks_run(path):
-    run(blocks(path))
+def test_recipes_run(path, monkeypatch):
+    if path.stem == "offload" and jax.__version_info__ < (0, 10):
+        pytest.skip("the XLA of jax 0.8.1 refuses scalars beside arrays in host memory")
+    monkeypatch.setattr(sys, "argv", [str(path)])
+    runpy.run_path(str(path), run_name="__main__")
 
 
 def test_a_job_that_is_moved_as_the_page_says_goes_on():
     """Parameters move as far as AdamW would have moved them; twice, and back."""
-    text = (DOCS / "moving-a-job.md").read_text(encoding="utf-8")
-    page = blocks(DOCS / "moving-a-job.md")
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        names = run(page[:3])
-    assert f"```text\n{printed.getvalue()}```" in text
+    page = blocks("docs/moving-a-job.md")
+    names, printed = run(page[:3])
+    assert f"```text\n{printed}```" in read("docs/moving-a-job.md")
     adamw, grads, params = (names[name] for name in ("adamw", "grads", "params"))
-    state = run(page[:1])["adamw_state"]
+    state = run(page[:1])[0]["adamw_state"]
     # Back in AdamW, gradients count beside a nu that is young still.
     for number, tolerance in (1, 0.05), (2, 0.05), (3, 0.3):
-        updates = run(page[:number])["updates"]
-        with jax.numpy_dtype_promotion("standard"):
-            expected, state = adamw.update(grads, state, params)
+        updates = run(page[:number])[0]["updates"]
+        expected, state = adamw.update(grads, state, params)
         for name, update in updates.items():
             assert jnp.abs(update).min() > 2e-5  # At step 3 of the schedule's warmup.
             assert jnp.allclose(update, expected[name], rtol=tolerance)
@@ -67,25 +125,22 @@ def test_a_job_that_is_moved_as_the_page_says_goes_on():
 
 @pytest.mark.slow
 def test_notebook_trains():
-    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    cells = json.loads(read("docs/getting-started.ipynb"))["cells"]
     code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
     # A tenth of the steps; the documentation's build runs it as it stands.
     matplotlib.use("Agg")
-    names = run(
-        [block.replace("STEPS, BATCH = 1000", "STEPS, BATCH = 110") for block in code]
-    )
+    tenth = "STEPS, BATCH = 1000", "STEPS, BATCH = 110"
+    names, _ = run([block.replace(*tenth) for block in code])
     assert names["STEPS"] == 110
     for losses in names["results"].values():
         assert losses[-10:].mean() < losses[:10].mean() - 1
 
 
 def test_memory_page_shows_what_is_printed():
-    text = (DOCS / "memory.md").read_text(encoding="utf-8")
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        run(blocks(DOCS / "memory.md"))
-    shown = re.search(r"^```\n( +shape +rows.*?)^```$", text, flags=re.M | re.S)
-    assert shown and printed.getvalue().endswith(shown[1])
+    _, printed = run(blocks("docs/memory.md"))
+    pattern = r"^```\n( +shape +rows.*?)^```$"
+    shown = re.search(pattern, read("docs/memory.md"), flags=re.M | re.S)
+    assert shown and printed.endswith(shown[1])
 
 
 def maxtexts_llama_7b():
@@ -110,7 +165,7 @@ def maxtexts_llama_7b():
 
 
 def test_memory_page_shows_what_is_counted_of_maxtexts_llama():
-    text = (DOCS / "memory.md").read_text(encoding="utf-8")
+    text = read("docs/memory.md")
     pattern = r"^```text\n# Llama 7B as in MaxText\n(.*?)^```$"
     shown = re.search(pattern, text, flags=re.M | re.S)
     lines = ""

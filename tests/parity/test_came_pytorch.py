@@ -171,13 +171,11 @@ def run_torch(grads, hyperparameters):
             p.grad = torch.tensor(grads[leaf][t])
         optimizer.step()
         for leaf, p in params.items():
-            arrays = {"params": p.detach()} | {
-                ours: optimizer.state[p][theirs]
-                for ours, theirs in STATE_NAMES.items()
-                if theirs in optimizer.state[p]
-            }
-            for name, array in arrays.items():
-                history[leaf].setdefault(name, []).append(array.numpy().copy())
+            state = optimizer.state[p]
+            arrays = {ours: state.get(theirs) for ours, theirs in STATE_NAMES.items()}
+            for name, array in ({"params": p.detach()} | arrays).items():
+                if array is not None:
+                    history[leaf].setdefault(name, []).append(array.numpy().copy())
     return {
         leaf: {name: np.stack(steps) for name, steps in arrays.items()}
         for leaf, arrays in history.items()
@@ -297,20 +295,18 @@ def swapped(divide_by_root):
     return wrong
 
 
-def not_divided_by_the_mean(divide_by_root):
+def undivided(divide_by_root):
     def wrong(x, statistic, axes):
         if not isinstance(statistic, algorithm.Factored):
             return divide_by_root(x, statistic, axes)
-        row, col = (
-            jnp.expand_dims(s, a)
-            for s, a in zip(statistic, (axes.col, axes.row), strict=True)
-        )
+        row = jnp.expand_dims(statistic.row, axes.col)
+        col = jnp.expand_dims(statistic.col, axes.row)
         return x * jax.lax.rsqrt(row) * jax.lax.rsqrt(col)
 
     return wrong
 
 
-def old_momentum_in_the_residual(confide):
+def old_momentum(confide):
     def wrong(u, m, s, h, axes, seen=None):
         _, new, _ = confide(u, m, s, h, axes, seen)
         if s is not None:
@@ -321,7 +317,7 @@ def old_momentum_in_the_residual(confide):
     return wrong
 
 
-def with_hyperparameters(**changes):
+def hyper(**changes):
     """Returns a mutation that gives a half of the algorithm other hyperparameters."""
 
     def mutation(half):
@@ -336,7 +332,7 @@ def with_hyperparameters(**changes):
     return mutation
 
 
-def eps_outside_the_average(normalize):
+def eps_outside(normalize):
     del normalize
 
     def wrong(g, v, h, axes, seen=None):
@@ -352,36 +348,16 @@ def eps_outside_the_average(normalize):
 # of a matrix that must disagree then.
 MUTATIONS = {
     "nothing": ("clip", lambda clip: clip, set()),
-    "row and column swapped where they are applied": (
-        "divide_by_root",
-        swapped,
-        MOMENTUM_ON,
-    ),
-    "no division by the mean of the row statistic": (
-        "divide_by_root",
-        not_divided_by_the_mean,
-        MOMENTUM_ON,
-    ),
+    "row and column swapped": ("divide_by_root", swapped, MOMENTUM_ON),
+    "no division by the mean": ("divide_by_root", undivided, MOMENTUM_ON),
     "no clip": ("clip", lambda clip: lambda u, *_: u, MOMENTUM_ON),
-    "old momentum in the residual": (
-        "confide",
-        old_momentum_in_the_residual,
-        CONFIDENCE_ON,
-    ),
+    "old momentum in the residual": ("confide", old_momentum, CONFIDENCE_ON),
     "no confidence": ("trust", lambda trust: lambda m, *_: m, {"params"}),
-    "no ε1": ("normalize", with_hyperparameters(eps1=lambda h: 0 * h.eps1), EVERYTHING),
-    "no ε2": (
-        "confide",
-        with_hyperparameters(eps2=lambda h: 0 * h.eps2),
-        CONFIDENCE_ON,
-    ),
-    "ε outside the moving average": (
-        "normalize",
-        eps_outside_the_average,
-        {"v_row", "v_col"},
-    ),
-    "b1 for b3": ("confide", with_hyperparameters(b3=lambda h: h.b1), CONFIDENCE_ON),
-    "b3 for b2": ("normalize", with_hyperparameters(b2=lambda h: h.b3), EVERYTHING),
+    "no ε1": ("normalize", hyper(eps1=lambda h: 0 * h.eps1), EVERYTHING),
+    "no ε2": ("confide", hyper(eps2=lambda h: 0 * h.eps2), CONFIDENCE_ON),
+    "ε outside the average": ("normalize", eps_outside, {"v_row", "v_col"}),
+    "b1 for b3": ("confide", hyper(b3=lambda h: h.b1), CONFIDENCE_ON),
+    "b3 for b2": ("normalize", hyper(b2=lambda h: h.b3), EVERYTHING),
 }
 
 
