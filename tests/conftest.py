@@ -45,3 +45,10 @@ def pytest_collection_modifyitems(items):
         for i in range(n):
             quick = group[i * len(group) // n]
             quick.own_markers = [m for m in quick.own_markers if m.name != "slow"]
+
+
+@pytest.fixture
+def promotion():
+    """As it is for a user: Optax promotes here and there."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield

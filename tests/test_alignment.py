@@ -20,12 +20,7 @@ from came_optax import (
     steady_came,
 )
 
-
-@pytest.fixture(autouse=True)
-def promotion():
-    """Optax's Adam promotes."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("promotion")
 
 
 SCHEDULE = optax.linear_schedule(0.0, 1e-2, 100)

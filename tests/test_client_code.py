@@ -36,11 +36,7 @@ PAGE = (HERE.parent / "docs" / "in-your-code-base.md").read_text(encoding="utf-8
 LEAVES = tomllib.loads((HERE / "client_leaves.toml").read_text(encoding="utf-8"))
 
 
-@pytest.fixture(autouse=True)
-def promotion():
-    """As it is for a user: Optax promotes here and there."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("promotion")
 
 
 def run_snippets(name, **names):

@@ -19,7 +19,7 @@ from came_optax import BalancedSplit, LastTwoAxes, Stacked, state_memory, steady
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = [*sorted([*DOCS.glob("*.md"), *DOCS.glob("examples/*.md")])]
+PAGES = sorted([*DOCS.glob("*.md"), *DOCS.glob("examples/*.md")])
 
 
 def read(name):
@@ -30,10 +30,7 @@ def blocks(name):
     return re.findall(r"^```python\n(.*?)^```$", read(name), flags=re.M | re.S)
 
 
-@pytest.fixture(autouse=True)
-def as_for_a_user():
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("promotion")
 
 
 def run(code):
@@ -91,7 +88,7 @@ def test_every_file_has_tests_that_are_quick(request):
 
 
 @pytest.mark.slow(but=5)
-@pytest.mark.parametrize("page", filter(blocks, PAGES), ids=lambda path: path.stem)
+@pytest.mark.parametrize("page", [*filter(blocks, PAGES)], ids=lambda path: path.stem)
 def test_blocks_run(page):
     run(blocks(page))
 

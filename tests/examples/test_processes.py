@@ -5,7 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
+from concurrent import futures
 from pathlib import Path
 
 import chex
@@ -23,7 +23,7 @@ OPTIONS = (
     *("--mesh", "data=2,fsdp=4", "--log-every", "1", "--eval-every", "20"),
     *("--checkpoint-every", "10"),
 )
-SECONDS = 120  # Then all are killed: a process that waits for another hangs.
+SECONDS = 120
 
 
 def pretrain(processes, folder, *options):
@@ -38,44 +38,24 @@ def pretrain(processes, folder, *options):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}",
     }
-    started, logs = [], []
-    try:
-        for index in range(processes):
-            if processes > 1:
-                environment |= {
-                    "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-                    "JAX_NUM_PROCESSES": str(processes),
-                    "JAX_PROCESS_ID": str(index),
-                }
-            # Files, since one that nobody reads from would block at a full pipe.
-            logs.append((tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")))
-            started.append(
-                subprocess.Popen(
-                    [sys.executable, str(SCRIPT), "--output", str(folder), *options],
-                    cwd=folder.parent,
-                    env=environment,
-                    stdout=logs[-1][0],
-                    stderr=logs[-1][1],
-                )
-            )
-        for process in started:
-            process.wait(SECONDS)
-    except subprocess.TimeoutExpired:
-        pass  # Seen below by its return code.
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-    printed = [[read_and_close(file) for file in pair] for pair in logs]
-    codes = [process.returncode for process in started]
-    assert not any(codes), f"exit codes {codes}:\n" + "\n".join(e for _, e in printed)
-    return [output for output, _ in printed]
+    if processes > 1:
+        environment["JAX_COORDINATOR_ADDRESS"] = f"localhost:{port}"
+        environment["JAX_NUM_PROCESSES"] = str(processes)
 
+    def run(index):
+        return subprocess.run(
+            [sys.executable, str(SCRIPT), "--output", str(folder), *options],
+            cwd=folder.parent,
+            env=environment | {"JAX_PROCESS_ID": str(index)},
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,  # Then it is killed: it may wait for another.
+        )
 
-def read_and_close(file):
-    with file:
-        file.seek(0)
-        return file.read()
+    with futures.ThreadPoolExecutor() as pool:
+        done = list(pool.map(run, range(processes)))
+    assert not any(process.returncode for process in done), done
+    return [process.stdout for process in done]
 
 
 def read_run(folder, like=None):

@@ -37,11 +37,7 @@ BATCH = {
 }
 
 
-@pytest.fixture(autouse=True)
-def implicit_promotion():
-    """Allows what optax's schedules and AdamW do."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("promotion")
 
 
 def train(tx, steps, accumulate=1, task=TASK, batch=BATCH):
