@@ -201,18 +201,11 @@ def splits():
     return Splits(task, Windows(tokens[1800:], 8))
 
 
-@pytest.fixture
-def traced_betas():
-    """optax takes an array's power to an int32 count."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
 STUDY = protocol.read(PAGE)
 MADE = [name for name, optimizer in STUDY.optimizers.items() if optimizer.make]
 
 
-@pytest.mark.usefixtures("traced_betas")
+@pytest.mark.usefixtures("promotion")
 @pytest.mark.parametrize("name", MADE)
 def test_each_optimizer_learns_with_traced_settings(name):
     pytest.importorskip("flashoptim_jax") if name == "flash-adamw" else None
@@ -254,7 +247,7 @@ def series(splits):
 START = {**STUDY.optimizers["steady-came"].start, "learning_rate": 0.01}
 
 
-@pytest.mark.usefixtures("traced_betas")
+@pytest.mark.usefixtures("promotion")
 def test_run(series, tmp_path):
     def run(settings=START, seed=0, evaluations=1, tuning=True):
         path = tmp_path / "state.npz"
@@ -273,7 +266,7 @@ def test_run(series, tmp_path):
     assert diverged["loss"] is None and len(diverged["training"]) < 4
 
 
-@pytest.mark.usefixtures("traced_betas")
+@pytest.mark.usefixtures("promotion")
 def test_interrupted_run_ends_as_it_would_have(series, tmp_path, monkeypatch):
     def run():
         path = tmp_path / "state.npz"
@@ -312,7 +305,7 @@ def test_schedule():
     np.testing.assert_allclose(values, [2 / 11, 2.0, 1.1, 0.2], rtol=1e-6)
 
 
-@pytest.mark.usefixtures("traced_betas")
+@pytest.mark.usefixtures("promotion")
 def test_newton_schulz_is_that_of_optax():
     kernel = {"kernel": np.random.default_rng(0).normal(size=(6, 15)).astype("f")}
     ours, theirs = (
