@@ -62,6 +62,15 @@ def distance(params, batch=1.0):
     return sum(jnp.mean((p - batch) ** 2) for p in leaves) / len(leaves)
 
 
+def make_step(tx):
+    def step(params, state):
+        loss, grads = jax.value_and_grad(distance)(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    return step
+
+
 def falls(step, *carry, steps=30):
     """Steps, and says whether the loss that each step returns has fallen."""
     losses = []
@@ -292,14 +301,7 @@ def test_easylm_shards_its_train_state_by_rules_for_parameters():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_each_trains(name):
     tx, params = OPTIMIZERS[name](), make_params(name)
-
-    @jax.jit
-    def step(params, state):
-        loss, grads = jax.value_and_grad(distance)(params)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, loss
-
-    falls(step, params, tx.init(params))
+    falls(jax.jit(make_step(tx)), params, tx.init(params))
 
 
 @pytest.mark.slow
