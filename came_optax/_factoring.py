@@ -203,8 +203,9 @@ class ByPath:
       default: the rule for leaves that none of them matches.
 
     Example:
+      >>> from jax.tree_util import DictKey
       >>> rule = ByPath({"q_einsum": FactoredAxes(row=(1,), col=(0, 2))})
-      >>> rule.axes((jax.tree_util.DictKey("q_einsum"),), (8, 2048, 256))
+      >>> rule.axes((DictKey("q_einsum"),), (8, 2048, 256))
       FactoredAxes(row=(1,), col=(0, 2), stack=())
     """
 
