@@ -18,8 +18,11 @@ from came_optax._paths import KeyPath, path_name
 from came_optax._weight_bits import (
     DOWN,
     REMAINDER,
+    cut,
     is_narrow,
     join,
+    lacking,
+    nearest,
     split,
     thresholds,
     upcast,
@@ -266,13 +269,14 @@ def _step(
     """Returns the change of a parameter, and its new remainder."""
     if not is_narrow(p):
         return step, jnp.zeros((1,), REMAINDER[bits])
-    new, remainder = split(
-        weight + step.astype(jnp.float32),
-        p.dtype,
-        bits,
-        thresholds(weight, bits, count),
-    )
-    change = new.astype(jnp.float32) - p.astype(jnp.float32)
+    weight = weight + step.astype(jnp.float32)
+    magnitude = cut(weight, p.dtype, bits, thresholds(p, bits, count))
+    new, old = nearest(weight, magnitude, p.dtype), p.astype(jnp.float32)
+    change = new.astype(jnp.float32) - old
     largest = jnp.finfo(jnp.float32).max
     change = jnp.where(jnp.isfinite(new), jnp.clip(change, -largest, largest), change)
-    return jnp.where(new == p, 0, change), remainder  # Infinity stays infinity.
+    change = jnp.where(new == p, 0, change)  # Infinity stays infinity.
+    # Whoever applies the change computes this again. As the remainder follows from it,
+    # XLA:TPU writes both in one pass, where it would take two.
+    applied = (old + change).astype(p.dtype)
+    return change, lacking(weight, magnitude, applied, bits)

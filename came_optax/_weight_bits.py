@@ -61,23 +61,39 @@ def split(
       bits: of both together.
       threshold: uint32, what is added to a magnitude before it is cut to ``bits``.
     """
-    empty = jnp.zeros((1,), REMAINDER[bits])
     if weight.dtype == dtype:
-        return weight, empty
+        return weight, jnp.zeros((1,), REMAINDER[bits])
+    magnitude = cut(weight, dtype, bits, threshold)
+    p = nearest(weight, magnitude, dtype)
+    return p, lacking(weight, magnitude, p, bits)
+
+
+def cut(weight: jax.Array, dtype: Any, bits: int, threshold: Any) -> jax.Array:
+    """Returns the magnitude of a weight that is rounded to so many bits, uint32."""
     magnitude = _magnitude(weight, dtype)
-    cut = (magnitude + threshold) & np.uint32(2**32 - 2 ** (32 - bits))
-    magnitude = jnp.where(jnp.isfinite(weight), cut, magnitude)
+    rounded = (magnitude + threshold) & np.uint32(2**32 - 2 ** (32 - bits))
+    return jnp.where(jnp.isfinite(weight), rounded, magnitude)
+
+
+def nearest(weight: jax.Array, magnitude: jax.Array, dtype: Any) -> jax.Array:
+    """Returns the parameter that is nearest to such a magnitude, of a weight's sign."""
     upper = (magnitude + np.uint32(0x8000)) >> 16
-    negative = jnp.signbit(weight)
-    sign = negative.astype(jnp.uint32) << 15
-    p = jax.lax.bitcast_convert_type((upper | sign).astype(jnp.uint16), dtype)
+    sign = jnp.signbit(weight).astype(jnp.uint32) << 15
+    return jax.lax.bitcast_convert_type((upper | sign).astype(jnp.uint16), dtype)
+
+
+def lacking(
+    weight: jax.Array, magnitude: jax.Array, p: jax.Array, bits: int
+) -> jax.Array:
+    """Returns what the nearest parameter lacks of such a magnitude."""
     if bits == 16:
-        return p, empty
+        return jnp.zeros((1,), REMAINDER[bits])
+    upper = _upper(p) & np.uint32(0x7FFF)
     lower = jax.lax.bitcast_convert_type(magnitude - (upper << 16), jnp.int32)
     lower = lower >> (32 - bits)
     # No update leads from 1 to −0: beside 0 the remainder has the sign.
-    lower = jnp.where((upper == 0) & negative, ~lower, lower)
-    return p, lower.astype(REMAINDER[bits])
+    lower = jnp.where((upper == 0) & jnp.signbit(weight), ~lower, lower)
+    return lower.astype(REMAINDER[bits])
 
 
 def join(p: Any, remainder: jax.Array) -> jax.Array:
@@ -86,7 +102,7 @@ def join(p: Any, remainder: jax.Array) -> jax.Array:
     if not is_narrow(p) or remainder.shape != p.shape:
         return weight
     lower = remainder.astype(jnp.int32)
-    upper = jax.lax.bitcast_convert_type(p, jnp.uint16).astype(jnp.uint32)
+    upper = _upper(p)
     negative, upper = upper >> 15 == 1, upper & np.uint32(0x7FFF)
     negative = jnp.where(upper == 0, lower < 0, negative)
     lower = jnp.where((upper == 0) & negative, ~lower, lower)
@@ -98,6 +114,11 @@ def join(p: Any, remainder: jax.Array) -> jax.Array:
     )
     finite = jnp.isfinite(p) | (~jnp.isnan(p) & (remainder < 0))
     return jnp.where(finite, joined, weight)
+
+
+def _upper(p: jax.Array) -> jax.Array:
+    """Returns a parameter's 16 bits, in the lower ones of uint32."""
+    return jax.lax.bitcast_convert_type(p, jnp.uint16).astype(jnp.uint32)
 
 
 def _magnitude(weight: jax.Array, dtype: Any) -> jax.Array:

@@ -4,12 +4,15 @@ import importlib.util
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from compiled_traffic import EXACT
 from measuring.examples import topologies
 from measuring.optimizers import OPTIMIZERS
 from measuring.updates import count
 from measuring.zoo import gpt2_shapes
+
+from came_optax import with_master_weights
 
 pytestmark = pytest.mark.tpu
 
@@ -31,9 +34,10 @@ def layers(number):
     return [layer] * number
 
 
-def measured(name, params, device):
+def measured(optimizer, params, device):
+    tx = OPTIMIZERS[optimizer]() if isinstance(optimizer, str) else optimizer
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        return count(OPTIMIZERS[name](), params, device)
+        return count(tx, params, device)
 
 
 # A matrix that doesn't fit, as large as GPT-2's with an even vocabulary.
@@ -82,6 +86,15 @@ def test_traffic(v5e, name, params, bytes_per_parameter, temporaries):
     found = measured(name, params, v5e)
     assert found["bytes/parameter"] <= bytes_per_parameter
     assert found["temporaries (MB)"] <= temporaries
+
+
+@pytest.mark.parametrize(("bits", "bytes_per_parameter"), [(24, 24), (32, 26)])
+def test_a_weight_is_read_and_written_once(v5e, bits, bytes_per_parameter):
+    params = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
+    tx = with_master_weights(optax.adamw(1e-3), bits)
+    found = measured(tx, params, v5e)
+    assert found["bytes/parameter"] <= bytes_per_parameter
+    assert found["temporaries (MB)"] < 1
 
 
 def test_kernels_grow_linearly_with_leaves(v5e):
