@@ -115,9 +115,11 @@ class Worker:
         """Writes seconds a step of all optimizers, in turn, on tasks that have runs."""
         results = report.Results(self.study, self.folder)
         costs = {}
-        for task in results.compared_on():
-            every = {}
-            for name, runs in results.judged(task).items():
+        for task in self.study.tasks:
+            judged, every = results.judged(task), {}
+            if len(judged) < 2:
+                continue
+            for name, runs in judged.items():
                 row = next(iter(runs.values()))
                 run = protocol.Run("", name, row["settings"], 0)
                 every[name] = self.series(task, run).timer(run.settings)

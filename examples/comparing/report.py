@@ -61,9 +61,23 @@ class Results:
                     found[name] = found[form]
         return dict(found)
 
-    def compared_on(self) -> list[str]:
-        """Returns the tasks on which more than one optimizer was judged."""
-        return [task for task in self.study.tasks if len(self.judged(task)) > 1]
+    def comparisons(self) -> dict[str, dict[str, Runs]]:
+        """Returns what was judged, by task, where that is more than one optimizer.
+
+        Other budgets than the one that a task is judged at first have it in their name.
+        """
+        found: dict[str, dict[str, Runs]] = {}
+        for task in self.study.tasks:
+            budgets = [
+                part.tokens_per_parameter
+                for part in self.study.parts.values()
+                if (part.kind, part.task) == ("judge", task)
+            ]
+            for budget in dict.fromkeys(budgets):
+                first = budget == budgets[0]
+                name = task if first else f"{task}, {budget:g} tokens a parameter"
+                found[name] = self.judged(task, budget)
+        return {name: judged for name, judged in found.items() if len(judged) > 1}
 
     def missing(self) -> list[str]:
         """Returns a line for each part that has runs to do."""
@@ -150,9 +164,10 @@ def plateau(row: Row) -> float:
     return every * (int(np.argmax(below)) + 1) if below.any() else math.inf
 
 
-def task_rows(results: Results, task: str) -> list[dict[str, str]]:
+def task_rows(
+    results: Results, task: str, judged: Mapping[str, Runs]
+) -> list[dict[str, str]]:
     """Returns the optimizers of a task, the best first."""
-    judged = results.judged(task)
     law = data_law(results) if task == SIZES[0] else None
     rows = []
     for name in sorted(judged, key=lambda name: losses(judged[name].values()).mean()):
@@ -220,7 +235,8 @@ def settings_rows(results: Results, part: Part) -> list[dict[str, str]]:
 def write(study: Protocol, folder: Path) -> str:
     """Writes `results.md` and `results.svg` into a study's folder; returns the page."""
     results = Results(study, folder)
-    tables = {task: task_rows(results, task) for task in results.compared_on()}
+    compared = results.comparisons()
+    tables = {name: task_rows(results, name, runs) for name, runs in compared.items()}
     tables["Over sizes, loss − AdamW's"] = trend_rows(results)
     for part in study.parts.values():
         if part.kind != "judge":
@@ -230,24 +246,24 @@ def write(study: Protocol, folder: Path) -> str:
         sections.append("## What is missing\n\n" + "\n".join(missing))
     page = "\n\n".join(["# Results", *sections]) + "\n"
     (folder / "results.md").write_text(page, encoding="utf-8")
-    if results.compared_on():
+    if compared:
         draw(folder / "results.svg", results)
     return page
 
 
 def draw(path: Path, results: Results) -> None:
     """Draws loss against bytes of state and against cost, a row for each task."""
-    tasks = results.compared_on()
+    compared = results.comparisons()
     figure, grid = plt.subplots(
-        len(tasks),
+        len(compared),
         2,
-        figsize=(9, 3.2 * len(tasks)),
+        figsize=(9, 3.2 * len(compared)),
         squeeze=False,
         layout="constrained",
     )
-    for axes, task in zip(grid, tasks, strict=True):
+    for axes, (task, judged) in zip(grid, compared.items(), strict=True):
         seconds = results.seconds.get(task)
-        for name, runs in results.judged(task).items():
+        for name, runs in judged.items():
             row, (mean, error) = next(iter(runs.values())), _of(runs)
             cost = row["matmul_flops_per_step"] / 1e9
             if seconds is not None:

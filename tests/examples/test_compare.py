@@ -339,6 +339,8 @@ def test_report_says_what_is_there_and_what_is_missing(tmp_path):
     judge |= {"settings": "tune", "seeds": [0, 1, 2]}
     sizes = {"gpt2-small": 10**5, "gpt2-middle": 10**6}
     parts = [tune, *(Part(name=size, task=size, **judge) for size in sizes)]
+    longer = {**judge, "tokens_per_parameter": 60}
+    parts.append(Part(name="longer", task="gpt2-small", **longer))
     optimizers = {name: Optimizer("m:f", start) for name in names}
     tasks = {size: {} for size in sizes}
     study = sketch(parts=named(*parts), optimizers=optimizers, tasks=tasks)
@@ -351,6 +353,8 @@ def test_report_says_what_is_there_and_what_is_missing(tmp_path):
             for seed, loss in enumerate(values):
                 run = Run(size, name, start, seed)
                 log.append(path, finished(run, loss, parameters=sizes[size]))
+    for name in ("adamw", "muon"):
+        log.append(path, finished(Run("longer", name, start, 0), 1.5))
     (tmp_path / "costs.json").write_text('{"gpt2-small": {"muon": 0.0123}}')
     page = report.write(study, tmp_path)
     rows = [[c.strip() for c in line.split("|")] for line in page.splitlines()]
@@ -358,6 +362,7 @@ def test_report_says_what_is_there_and_what_is_missing(tmp_path):
     assert best[1:5] == ["muon", "1.8120", "3", "-0.3213 ± 0.0009 better"]
     assert best[-2] == "12.3"
     assert [adamw[1], adamw[4], lion[4]] == ["adamw", "", "+0.0100 ± 0.0265"]
+    assert page.count("## gpt2-small, 60 tokens a parameter\n") == 1
     (trend,) = [row for row in rows if row[1:2] == ["muon"] and len(row) == 7]
     assert trend[5] == "+0.2000 ± 0.0012"
     assert "- tune: 1 of 24 runs are done" in page and "gpt2-middle: " not in page
