@@ -144,7 +144,8 @@ class Stacked:
       rule: the rule for one slice.
       axis: the axis that is stacked; negative counts from the end.
       where: a regular expression, searched in the leaf's path written as
-        ``"params/blocks/kernel"``. The default takes every leaf.
+        ``"params/blocks/kernel"``. The default takes every leaf. ``init`` warns of one
+        that no leaf matches.
 
     Example:
       >>> Stacked(LastTwoAxes()).axes((), (24, 512, 2048))
@@ -199,7 +200,8 @@ class ByPath:
     Attributes:
       rules: pairs of a regular expression, searched in the leaf's path written as
         ``"params/blocks/kernel"``, and a rule, or the axes themselves.
-        ``FactoredAxes()`` leaves a leaf unfactored. Pass them as a dict.
+        ``FactoredAxes()`` leaves a leaf unfactored. Pass them as a dict. ``init`` warns
+        of a regular expression that no leaf matches.
       default: the rule for leaves that none of them matches.
 
     Example:

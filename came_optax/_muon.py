@@ -22,6 +22,7 @@ from came_optax._orthogonalize import orthogonalize
 from came_optax._paths import KeyPath, path_name
 from came_optax._scale_by_came import came_transform
 from came_optax._transformation import transformation
+from came_optax._unmatched import warn_of_unmatched
 from came_optax._weight_decay import add_decayed_weights
 
 # What Flax, Haiku, Equinox, MaxText, Levanter and Hugging Face call embeddings,
@@ -194,7 +195,13 @@ def came_muon(
         chosen = _hidden(unbox(params), hidden, factoring)
         return jax.tree.map(lambda is_hidden: "hidden" if is_hidden else "rest", chosen)
 
-    return optax.partition({"hidden": matrices, "rest": rest}, label)
+    tx = optax.partition({"hidden": matrices, "rest": rest}, label)
+
+    def init_fn(params: optax.Params) -> optax.OptState:
+        warn_of_unmatched(factoring, unbox(params))
+        return tx.init(params)
+
+    return optax.GradientTransformationExtraArgs(init_fn, tx.update)
 
 
 def _scaled(learning_rate: Any, scale: Any) -> Any:

@@ -28,6 +28,7 @@ from came_optax._newton_schulz import Coefficients, polar_factors
 from came_optax._newton_schulz_on_mesh import polar_factors_on_mesh
 from came_optax._paths import KeyPath, path_name
 from came_optax._sharding import is_sharding
+from came_optax._unmatched import warn_of_unmatched
 
 # Of x ↦ ax + bx³ + cx⁵, one triple for each step.
 _PRESETS: dict[str, Coefficients] = {
@@ -131,6 +132,7 @@ def orthogonalize(
 
     def init_fn(params: optax.Params) -> optax.EmptyState:
         jax.tree.map_with_path(matrix_axes, unbox(params))
+        warn_of_unmatched(factoring, unbox(params))
         return optax.EmptyState()
 
     def update_fn(

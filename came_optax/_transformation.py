@@ -24,6 +24,7 @@ from came_optax._checks import (
     check_state,
 )
 from came_optax._factored_axes import FactoringRule, check_rule, factored_axes
+from came_optax._unmatched import warn_of_unmatched
 
 Tree: TypeAlias = Any  # Of arrays, or of codes.
 State: TypeAlias = Any
@@ -69,6 +70,7 @@ def transformation(
 
     def init_fn(params: optax.Params) -> State:
         check_inexact("params", boxes.unbox(params))
+        warn_of_unmatched(transform.factoring, boxes.unbox(params))
         state = boxes.box_state(params, functools.partial(_init, transform))
         return (state, *rest.init(params)) if then else state
 
