@@ -23,7 +23,8 @@ class ScaleByConfidenceState(NamedTuple):
     lacks.
 
     Attributes:
-      count: number of updates so far; shape (), int32.
+      count: number of updates so far; shape (), int32. After :func:`convert_state`
+        from another algorithm it goes on from 10⁷: nothing is to be corrected.
       mu: first moment of the updates: an array of the leaf's shape in the dtype that
         ``mu_dtype`` says, or with ``"int8"`` and ``"int4"`` :class:`Codes`.
       s_row: factored leaves: mean of the instability ``|u − m|²`` over ``col`` axes;

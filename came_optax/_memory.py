@@ -27,7 +27,8 @@ class StateMemory:
       total: bytes of all arrays of the state.
       num_params: numbers in the parameters.
       adamw: bytes of ``optax.adamw``'s state for the same parameters, which has their
-        dtypes.
+        dtypes. It is that alone: what wraps the optimizer, such as the gradients that
+        ``optax.MultiSteps`` adds up, would come on top of it too.
       by_dtype: bytes for each dtype.
       by_module: bytes for each top-level key of the parameters, below those that all
         share.
@@ -65,7 +66,7 @@ class StateMemory:
         rows.append(("total", *_counts(self.num_params, self.total)))
         for name, size in self.by_dtype.items():
             rows.append((f"  {name}", *_counts(0, size)))
-        rows.append(("AdamW", *_counts(self.num_params, self.adamw)))
+        rows.append(("AdamW alone", *_counts(self.num_params, self.adamw)))
         return "\n".join(_aligned(rows))
 
     def by_leaf_table(self) -> str:
@@ -125,14 +126,14 @@ def state_memory(tx: optax.GradientTransformation, params: Any) -> StateMemory:
       >>> from came_optax import came, state_memory
       >>> kernel = jax.ShapeDtypeStruct((4096, 16384), jnp.bfloat16)
       >>> print(state_memory(came(1e-3, mu_dtype="int8"), {"up": {"kernel": kernel}}))
-                 parameters  state bytes  bytes/param
-      up         67,108,864   67,354,628        1.004
-      (other)                          4
-      total      67,108,864   67,354,632        1.004
-        int8                  67,108,864
-        float32                  245,764
-        int32                          4
-      AdamW      67,108,864  268,435,460        4.000
+                   parameters  state bytes  bytes/param
+      up           67,108,864   67,354,628        1.004
+      (other)                            4
+      total        67,108,864   67,354,632        1.004
+        int8                    67,108,864
+        float32                    245,764
+        int32                            4
+      AdamW alone  67,108,864  268,435,460        4.000
     """
     leaves = dict(jax.tree.leaves_with_path(unbox(params)))
     depth = 1 + _shared_keys(list(leaves))

@@ -28,7 +28,8 @@ class ScaleByCameState(NamedTuple):
     lacks.
 
     Attributes:
-      count: number of updates so far; shape (), int32.
+      count: number of updates so far; shape (), int32. After :func:`convert_state`
+        from another algorithm it goes on from 10⁷: nothing is to be corrected.
       v_row: factored leaves: mean of ``|g|²`` over ``col`` axes; the leaf's shape
         without them.
       v_col: factored leaves: mean of ``|g|²`` over ``row`` axes; the leaf's shape
