@@ -6,6 +6,7 @@ A stand-in has the leaves of `client_leaves.toml` and the code base's way of ste
 and nothing else: its loss is the distance of all parameters from 1.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -97,17 +98,17 @@ class Config(dict):
 
 
 def maxtext(name="came"):
-    config = Config(opt_type=name, adam_weight_decay=0.1, mu_dtype=jnp.dtype("int8"))
-    config.param_scan_axis = 1
-    schedule = optax.linear_schedule(0.0, 0.1, 5)
-    return run_snippets("maxtext").get_optimizer(config, schedule)
+    run = run_snippets("maxtext")
+    config = Config(opt_type=run.OptimizerType(name), adam_weight_decay=0.1)
+    config |= {"param_scan_axis": 1, "mu_dtype": jnp.dtype("int8")}
+    return run.get_optimizer(config, optax.linear_schedule(0.0, 0.1, 5))
 
 
 def levanter(name="came"):
     """From a module `levanter.optim` with the base class of its configurations."""
     registered = {}
 
-    @dataclasses.dataclass
+    @dataclasses.dataclass(frozen=True)
     class OptimizerConfig:
         learning_rate: float = 0.1
         weight_decay: float = 0.0
@@ -229,6 +230,44 @@ def run_equinox():
     return run_snippets("equinox", model=model, loss_fn=loss_fn)
 
 
+def run_t5x():
+    """From a module `t5x.optimizers` with the classes that its snippet needs."""
+
+    class OptaxWrapper:
+        def __init__(self, optax_optimizer):
+            self.optax_optimizer = optax_optimizer
+
+    optimizers = types.SimpleNamespace(OptaxWrapper=OptaxWrapper)
+    with mock.patch.dict(
+        sys.modules, {"t5x": types.SimpleNamespace(optimizers=optimizers)}
+    ):
+        return run_snippets("t5x", schedule=optax.constant_schedule(0.1))
+
+
+def penzai():
+    class StatefulTrainer:
+        @staticmethod
+        def build(*, root_rng, model, optimizer_def, loss_fn):
+            return optimizer_def
+
+    training = types.SimpleNamespace(StatefulTrainer=StatefulTrainer)
+    toolshed = types.SimpleNamespace(basic_training=training)
+    modules = {"penzai": types.SimpleNamespace(), "penzai.toolshed": toolshed}
+    with mock.patch.dict(sys.modules, modules):
+        names = dict.fromkeys(["root_rng", "model", "loss_fn"])
+        return run_snippets("penzai", **names).trainer
+
+
+def kauldron():
+    konfig = types.SimpleNamespace(imports=contextlib.nullcontext)
+    schedules = {"learning_rate": optax.constant_schedule(0.1)}
+    cfg = types.SimpleNamespace(ref=types.SimpleNamespace(schedules=schedules))
+    with mock.patch.dict(
+        sys.modules, {"kauldron": types.SimpleNamespace(konfig=konfig)}
+    ):
+        return run_snippets("kauldron", cfg=cfg).cfg.optimizer
+
+
 OPTIMIZERS = {
     "maxtext": maxtext,
     "levanter": levanter,
@@ -239,6 +278,9 @@ OPTIMIZERS = {
     "purejaxrl": purejaxrl,
     "haiku": lambda: run_haiku().optimizer,
     "equinox": lambda: run_equinox().optimizer,
+    "t5x": lambda: run_t5x().optimizer_def.optax_optimizer,
+    "penzai": penzai,
+    "kauldron": kauldron,
     "experts": lambda: run_snippets("experts").optimizer,
 }
 
@@ -271,6 +313,32 @@ def test_the_page_names_each_code_base():
     assert anchors == list(OPTIMIZERS) == list(LEAVES)
     links = re.findall(r"\| \[.*?\]\(#(\w+)\) \|", PAGE)
     assert links == [name for name in anchors if name != "experts"]
+
+
+def test_t5x_derives_the_axes_of_a_state():
+    wrapper, params = run_t5x().optimizer_def, make_params("t5x")
+
+    @chex.dataclass
+    class State:  # And Optimizer: both have `replace`, as Flax's dataclasses.
+        step: object
+        param_states: object
+
+    @chex.dataclass
+    class Optimizer:
+        target: object
+        state: object
+
+    state = State(step=0, param_states=wrapper.optax_optimizer.init(params))
+    axes = jax.tree.map(lambda p: P(*("embed", "layers", "mlp")[: p.ndim]), params)
+    found = wrapper.derive_logical_axes(Optimizer(target=params, state=state), axes)
+    assert found.target is axes and found.state.step is None
+    layers = optax.tree.get(found.state.param_states, "v_row")["decoder"]["layers"]
+    assert layers["mlp"]["wi_0"]["kernel"] == P("embed", "layers")
+    structures = [
+        jax.tree.structure(tree, is_leaf=lambda x: isinstance(x, P))
+        for tree in (found.state.param_states, state.param_states)
+    ]
+    assert structures[0] == structures[1]
 
 
 @pytest.mark.slow
