@@ -1,4 +1,4 @@
-"""Shardings from regular expressions, as in EasyLM, T5X and many others.
+"""Shardings from regular expressions, as in EasyLM.
 
 Such rules are written for parameters. Over a whole train state they also match the
 statistics, whose paths end alike and which have fewer axes: a kernel's two-axis spec
