@@ -70,8 +70,20 @@ def came_muon(
 
     Hidden matrices are updated by :func:`scale_by_came`, whose update is then brought
     to orthogonality (:func:`orthogonalize`); embeddings, heads, positions and vectors
-    by :func:`steady_came`. In 8 bits, both take about 1 byte of state a parameter;
-    ``optax.contrib.muon`` takes 4 for hidden matrices and 8 for the rest.
+    by :func:`steady_came`. With :math:`\Delta` of :func:`steady_came`'s equations, but
+    for learning rate and decay, a hidden matrix moves by
+
+    .. math::
+
+        X &\leftarrow \Delta / \lVert \Delta \rVert_F \\
+        X &\leftarrow a X + b X X^\top X + c (X X^\top)^2 X
+            \quad\text{(five times)} \\
+        \theta &\leftarrow \theta - \eta \left(
+            0.2 \sqrt{\max(rows, columns)} \, X + \lambda \theta \right)
+
+    In 8 bits, both take about 1 byte of state a parameter; ``optax.contrib.muon`` takes
+    4 for hidden matrices and 8 for the rest. The five steps cost up to 20 m² n + 10 m³
+    operations for a matrix of m rows and n ≥ m columns. Warm up as with AdamW.
 
     Which leaves are hidden matrices is told by names and by the factoring rule, if
     ``hidden`` doesn't say. Before a long run, look at what was chosen, as the example

@@ -15,7 +15,6 @@ version = release = came_optax.__version__
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
-    "sphinx.ext.autosummary",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
@@ -31,8 +30,7 @@ exclude_patterns = [
     "results/s[!t]*",
     "results/study/results.md",
 ]
-templates_path = ["_templates"]
-myst_enable_extensions = ["dollarmath"]
+myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 2
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
@@ -57,7 +55,8 @@ ogp_social_cards = {"enable": False}  # A picture of text a page.
 
 copybutton_exclude = ".linenos, .gp, .go"
 
-_api = pathlib.Path(__file__).with_name("api.md").read_text(encoding="utf-8")
-_listed = set(re.findall(r"^   (\w+)$", _api, flags=re.M))
+_pages = pathlib.Path(__file__).parent.joinpath("api").glob("*.md")
+_text = "".join(page.read_text(encoding="utf-8") for page in _pages)
+_listed = set(re.findall(r"^.. auto(?:function|class):: (\w+)", _text, flags=re.M))
 if missing := set(came_optax.__all__) - {"__version__"} - _listed:
-    raise ExtensionError(f"api.md lacks {', '.join(sorted(missing))}")
+    raise ExtensionError(f"the pages in docs/api lack {', '.join(sorted(missing))}")

@@ -1,4 +1,4 @@
-"""What docs/learning-rate.md promises of steady_came."""
+"""What docs/how-it-works.md promises of steady_came."""
 
 import jax
 import jax.numpy as jnp
@@ -41,8 +41,20 @@ def test_rare_row_moves_less_than_half_as_far_as_under_adam(rows):
     with jax.numpy_dtype_promotion("standard"):
         adam = distance_of_a_rare_row(optax.scale_by_adam(), silent, rows)
     assert adam == pytest.approx(30, rel=0.03)
-    assert 0 < distance_of_a_rare_row(steady(), silent, rows) < adam / 2
+    assert 9 < distance_of_a_rare_row(steady(), silent, rows) < 14
     assert distance_of_a_rare_row(scale_by_came(), silent, rows) > 3 * adam
+
+
+def test_the_first_step_and_those_under_noise():
+    def step(state, key):
+        updates, state = tx.update(jax.random.normal(key, (64, 64)), state)
+        return state, jnp.sqrt(jnp.mean(jnp.square(updates)))
+
+    tx = steady()
+    keys = jax.random.split(jax.random.key(0), 1000)
+    rms = jax.lax.scan(step, tx.init(jnp.zeros((64, 64))), keys)[1]
+    assert rms[0] == rms.max() == pytest.approx(1.54, rel=0.01)
+    assert rms[-1] == pytest.approx(0.27, rel=0.05)
 
 
 def test_constant_gradient_moves_a_leaf_by_the_root_of_eps2_at_most():

@@ -1,0 +1,330 @@
+"""Writes the tables of small-models, and README's, from the logs that lie beside them.
+
+    python docs/results/tables.py
+
+A line of a log is a run: its method, learning rate and seed, its losses on held-out
+text (step, nats a token) and its largest update (RMS, in learning rates); or what a
+method's state takes. Each method is shown at the learning rate with the lowest mean
+loss. Paired differences are over the seeds that both have, ± their standard error; the
+number in brackets is that of seeds.
+"""
+
+import collections
+import json
+import pathlib
+import re
+import statistics
+
+RESULTS = pathlib.Path(__file__).parent
+LOGS = RESULTS / "small-models"
+README = RESULTS.parents[1] / "README.md"
+
+TASKS = {"GPT-2": "gpt2", "BERT": "bert", "T5": "t5"}
+# Of several methods under one name, the one with the lowest mean loss is shown.
+OPTIMIZERS = {
+    "`steady_came`": ["steady-came"],
+    "the same, int8 momentum": ["steady-came-int8"],
+    "the same, int4 momentum": ["steady-came-int4"],
+    "Muon and `steady_came`, int8": ["muon-int8"],
+    "Muon": ["muon"],
+    "NAdamW": ["nadamw", "nadamw-b2-0.999"],
+    "AdamW": ["adamw", "adamw-b2-0.999"],
+    "AdamW in 8 bits": ["flash-adamw"],
+    "Adafactor, momentum 0.9": ["adafactor"],
+    "Adafactor, no momentum": ["adafactor-b1-0"],
+    "`came`, as published": ["came"],
+    "Lion": ["lion"],
+}
+IN_README = [name for name in OPTIMIZERS if name != "Lion"]
+LARGER = {
+    "GPT-2, 0.14 M": "gpt2",
+    "GPT-2, 0.29 M": "gpt2-larger",
+    "BERT, 0.11 M": "bert",
+    "BERT, 0.45 M": "bert-larger",
+}
+PARTS = {
+    "no Nesterov momentum": "steady-came-no-nesterov",
+    "no confidence": "steady-came-no-confidence",
+    "no bias correction": "steady-came-no-bias-correction",
+    "β2 0.99": "steady-came-b2-0.99",
+    "β2 0.999": "steady-came-b2-0.999",
+    "β3 0.999": "steady-came-b3-0.999",
+    "ε2 0.01": "steady-came-eps2-0.01",
+    "ε2 1e-16": "steady-came-eps2-1e-16",
+    "no clips": "steady-came-no-clip",
+    "each update's RMS 0.4": "steady-came-rms-0.4",
+    "int8 momentum": "steady-came-int8",
+    "int4 momentum": "steady-came-int4",
+}
+PUBLISHED = {
+    "as published": "came",
+    "β2 0.95, β3 0.995": "came-b2-0.95-b3-0.995",
+    "β3 0.999": "came-b3-0.999",
+    "warmup of 2 % for 10": "came-warmup-2",
+    "no warmup": "came-warmup-0",
+    "bias correction": "came-bc",
+    "bias correction, β2 0.95, β3 0.995": "came-bc-b2-0.95-b3-0.995",
+}
+
+
+def read(name):
+    """Returns {method: {learning rate: {seed: run}}}, and each method's bytes."""
+    runs = collections.defaultdict(lambda: collections.defaultdict(dict))
+    taken = {}
+    for line in (LOGS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if "bytes_per_parameter" in row:
+            taken[row["method"]] = row["bytes_per_parameter"]
+        else:
+            by_seed = runs[row["method"]][row["learning_rate"]]
+            by_seed[row["seed"]] = row | {"loss": row["validation"][-1][1]}
+    return runs, taken
+
+
+def losses(by_seed):
+    return {seed: run["loss"] for seed, run in by_seed.items()}
+
+
+def best(runs, methods, seeds=1):
+    """Returns the method, learning rate and runs with the lowest mean loss, or None."""
+    found = [
+        (statistics.mean(losses(by_seed).values()), method, rate, by_seed)
+        for method in methods
+        for rate, by_seed in runs.get(method, {}).items()
+        if len(by_seed) >= seeds
+    ]
+    return min(found, key=lambda x: x[0])[1:] if found else None
+
+
+def mean(values, digits=3):
+    values = list(values)
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if values[1:] else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def difference(by_seed, other):
+    """Returns the paired difference of two methods' losses as text."""
+    ours, theirs = losses(by_seed), losses(other)
+    pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    text = f"{statistics.mean(pairs):+.3f}"
+    if pairs[1:]:
+        text += f" ± {statistics.stdev(pairs) / len(pairs) ** 0.5:.3f}"
+    return f"{text} ({len(pairs)})"
+
+
+def table(head, rows):
+    """Returns a table in Markdown, its first column on the left."""
+    cells = [list(map(str, row)) for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        [
+            f"{row[0]:<{widths[0]}}",
+            *(f"{x:>{n}}" for x, n in zip(row[1:], widths[1:], strict=True)),
+        ]
+        for row in cells
+    ]
+    rule = ["-" * widths[0], *("-" * (n - 1) + ":" for n in widths[1:])]
+    lines.insert(1, rule)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def losses_table(names):
+    logs = {task: read(name) for task, name in TASKS.items()}
+    rows = []
+    for name in names:
+        methods, taken, cells = OPTIMIZERS[name], [], []
+        for runs, of_method in logs.values():
+            method, _, by_seed = best(runs, methods)
+            taken.append(of_method[method])
+            cells.append(f"{mean(losses(by_seed).values())} ({len(by_seed)})")
+        low, high = (f"{x:.1f}" for x in (min(taken), max(taken)))
+        rows.append([name, low if low == high else f"{low} to {high}", *cells])
+    return table(["optimizer", "bytes / parameter", *TASKS], rows)
+
+
+def differences_table():
+    logs = {task: read(name)[0] for task, name in TASKS.items()}
+    rows = []
+    for name, methods in OPTIMIZERS.items():
+        if name == "`steady_came`":
+            continue
+        cells = []
+        for runs in logs.values():
+            _, _, ours = best(runs, ["steady-came"])
+            cells.append(difference(best(runs, methods)[2], ours))
+        rows.append([name, *cells])
+    return table(["loss − `steady_came`'s", *TASKS], rows)
+
+
+def rates_table():
+    logs = {task: read(name)[0] for task, name in TASKS.items()}
+    rows = [
+        [name, *(f"{best(runs, methods)[1]:.1e}" for runs in logs.values())]
+        for name, methods in OPTIMIZERS.items()
+    ]
+    return table(["best learning rate", *TASKS], rows)
+
+
+def sizes_table():
+    logs = {size: read(name)[0] for size, name in LARGER.items()}
+    names = [n for n in OPTIMIZERS if best(logs["BERT, 0.45 M"], OPTIMIZERS[n])]
+    rows = []
+    for name in names:
+        cells = []
+        for runs in logs.values():
+            found = best(runs, OPTIMIZERS[name])
+            cells.append("")
+            if found:
+                _, rate, by_seed = found
+                loss = statistics.mean(losses(by_seed).values())
+                cells[-1] = f"{loss:.3f} at {rate:.1e} ({len(by_seed)})"
+        rows.append([name, *cells])
+    return table(["optimizer", *LARGER], rows)
+
+
+def parts_table():
+    """Each at its best learning rate, against steady_came at that one if it has it."""
+    rows = []
+    for name, method in PARTS.items():
+        cells = []
+        for task in TASKS.values():
+            runs = read(task)[0]
+            found = best(runs, [method])
+            cells.append("")
+            if found:
+                same = runs["steady-came"].get(found[1], {})
+                ours = same if len(same) > 2 else best(runs, ["steady-came"])[2]
+                cells[-1] = difference(found[2], ours)
+        rows.append([name, *cells])
+    return table(["`steady_came` with", *TASKS], rows)
+
+
+def published_table():
+    logs = {task: read(TASKS[task])[0] for task in ("GPT-2", "BERT")}
+    rows = []
+    for name, method in PUBLISHED.items():
+        cells = []
+        for runs in logs.values():
+            _, rate, by_seed = best(runs, [method])
+            cells.append(
+                f"{mean(losses(by_seed).values())} at {rate:.1e} ({len(by_seed)})"
+            )
+        rows.append([name, *cells])
+    return table(["`came`", *logs], rows)
+
+
+def batches_table():
+    small, large = read("bert-batches-of-32")[0], read("bert")[0]
+    rows = []
+    for name, method in {
+        "`steady_came`, no Nesterov momentum": "steady-came-no-nesterov",
+        "Adafactor, momentum 0.9": "adafactor",
+        "`came`, as published": "came",
+    }.items():
+        cells = [
+            difference(best(runs, [method])[2], best(runs, ["adamw"])[2])
+            for runs in (small, large)
+        ]
+        rows.append([name, *cells])
+    head = ["loss − AdamW's", "batches of 32, 4,800 steps", "of 256, 600 steps"]
+    return table(head, rows)
+
+
+def clip_table():
+    runs = collections.defaultdict(dict)
+    log = LOGS / "final_clip.jsonl"
+    for line in log.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        key = row["task"], row["variant"], row["learning_rate"]
+        runs[key][row["seed"]] = {"loss": row["validation_loss"]}
+    rates = {"gpt2": 0.0056, "bert": 0.0056, "t5": 0.0032}
+    rows = []
+    for name, variant in {
+        "no final clip, as now": "no final clip",
+        "no clip at all": "no clip",
+    }.items():
+        cells = [
+            difference(runs[task, variant, rate], runs[task, "final clip", rate])
+            for task, rate in rates.items()
+        ]
+        rows.append([name, *cells])
+    return table(["loss − that with both clips", *TASKS], rows)
+
+
+def fine_tuning_table():
+    runs, taken = read("fine-tuning")
+    _, _, ours = best(runs, ["steady-came"], 5)  # A few rates had one seed.
+    rows = []
+    for name in (
+        "`steady_came`",
+        "NAdamW",
+        "AdamW",
+        "Adafactor, momentum 0.9",
+    ):
+        method, rate, by_seed = best(runs, OPTIMIZERS[name], 5)
+        rows.append(
+            [
+                name,
+                f"{taken[method]:.1f}",
+                f"{rate:.1e}",
+                mean(losses(by_seed).values()),
+                "" if method == "steady-came" else difference(by_seed, ours),
+                mean((100 * run["accuracy"] for run in by_seed.values()), 1),
+            ]
+        )
+    return table(
+        [
+            "optimizer",
+            "bytes / parameter",
+            "learning rate",
+            "loss",
+            "− `steady_came`'s",
+            "sentences right (%)",
+        ],
+        rows,
+    )
+
+
+def largest_updates():
+    """Returns the largest update of each of `came`'s runs, in learning rates."""
+    return [
+        run["largest_update"]
+        for name in (*TASKS.values(), "bert-batches-of-32")
+        for by_seed in read(name)[0]["came"].values()
+        for run in by_seed.values()
+    ]
+
+
+def tables():
+    """Returns the text of each file."""
+    return {
+        "losses": losses_table(OPTIMIZERS),
+        "differences": differences_table(),
+        "rates": rates_table(),
+        "sizes": sizes_table(),
+        "parts": parts_table(),
+        "published": published_table(),
+        "batches": batches_table(),
+        "final_clip": clip_table(),
+        "fine_tuning": fine_tuning_table(),
+    }
+
+
+def readme(text):
+    """Returns README's text with its table of losses."""
+    start, end = "<!-- losses -->\n", "<!-- end of losses -->"
+    new = f"{start}{losses_table(IN_README)}{end}"
+    return re.sub(f"{start}.*?{end}", lambda _: new, text, flags=re.S)
+
+
+def main():
+    for name, text in tables().items():
+        (LOGS / f"{name}.md").write_text(text, encoding="utf-8")
+    text = README.read_text(encoding="utf-8")
+    README.write_text(readme(text), encoding="utf-8")
+    updates = largest_updates()
+    print(f"came's largest updates: {min(updates):.1f} to {max(updates):.1f}")
+
+
+if __name__ == "__main__":
+    main()
