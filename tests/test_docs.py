@@ -268,6 +268,12 @@ def exists(page):
     return any((DOCS / f"{page}.{kind}").exists() for kind in ("md", "ipynb"))
 
 
+def test_what_is_searched_for_is_found():
+    text = "".join(read(path) for path in PAGES)
+    words = "offload", "slower", "throughput", "issue", "warm-up", "warmup", "7B"
+    assert not [word for word in words if word not in text]
+
+
 def test_links_between_pages_lead_to_an_anchor():
     pages = [p for p in DOCS.rglob("*.md") if not {"_build", "results"} & set(p.parts)]
     for path in [ROOT / "README.md", *pages]:

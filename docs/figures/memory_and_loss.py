@@ -35,7 +35,7 @@ LABELS = {
 
 def main():
     runs, taken = tables.read("gpt2")
-    figure, axes = plt.subplots(figsize=(5.6, 4.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
     for name, (label, offset, side) in LABELS.items():
         method, _, by_seed = tables.best(runs, tables.OPTIMIZERS[name])
         losses = list(tables.losses(by_seed).values())
@@ -57,6 +57,7 @@ def main():
     axes.set_xticks([0.125, 0.25, 0.5, 1, 2, 4, 8])
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlim(0.085, 20)
+    axes.set_ylim(bottom=3.56)
     axes.set_xlabel("state, bytes a parameter")
     axes.set_ylabel("validation loss of a small GPT-2")
     axes.spines[["top", "right"]].set_visible(False)
