@@ -151,10 +151,18 @@ def differences_table():
         cells = []
         for runs in logs.values():
             _, _, ours = best(runs, ["steady-came"])
-            _, rate, by_seed = best(runs, methods)
-            cells.append(f"{difference(by_seed, ours)} at {rate:.1e}")
+            cells.append(difference(best(runs, methods)[2], ours))
         rows.append([name, *cells])
     return table(["loss − `steady_came`'s", *TASKS], rows)
+
+
+def rates_table():
+    logs = {task: read(name)[0] for task, name in TASKS.items()}
+    rows = [
+        [name, *(f"{best(runs, methods)[1]:.1e}" for runs in logs.values())]
+        for name, methods in OPTIMIZERS.items()
+    ]
+    return table(["best learning rate", *TASKS], rows)
 
 
 def sizes_table():
@@ -292,6 +300,7 @@ def tables():
     return {
         "losses": losses_table(OPTIMIZERS),
         "differences": differences_table(),
+        "rates": rates_table(),
         "sizes": sizes_table(),
         "parts": parts_table(),
         "published": published_table(),
