@@ -135,6 +135,20 @@ def test_notebook_trains():
         assert losses[-10:].mean() < losses[:10].mean() - 1
 
 
+def test_quickstarts_mask_and_rule_are_right_for_attention_biases():
+    page = source("quickstart")
+    pattern = 'bool(re.search("(^|/)kernel(/value)?$", name))'
+    assert pattern in page and pattern in read("docs/recipes/weight_decay_mask.py")
+    shapes = {"query": {"kernel": (64, 4, 16), "bias": (4, 16)}}
+    params = jax.tree.map(jnp.ones, shapes, is_leaf=lambda x: isinstance(x, tuple))
+    (rule,) = re.findall(r"`(ByPath\(.*?\))`", page)
+    rows = [
+        set(state_memory(steady_came(1e-3, factoring=rule), params).rows)
+        for rule in (BalancedSplit(), eval(rule, vars(came_optax)))
+    ]
+    assert rows == [{"query/kernel", "query/bias"}, {"query/kernel"}]
+
+
 def test_memory_page_shows_what_is_printed():
     _, printed = run(blocks("docs/memory.md"))
     pattern = r"^```\n( +shape +rows.*?)^```$"
