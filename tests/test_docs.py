@@ -12,6 +12,7 @@ import tomllib
 import jax
 import jax.numpy as jnp
 import matplotlib
+import optax
 import pytest
 
 import came_optax
@@ -299,6 +300,40 @@ def test_links_between_pages_lead_to_an_anchor():
             if anchor:
                 there = str(page.relative_to(DOCS)).rpartition(".")[0]
                 assert anchor in headings(source(there)), (path, target)
+
+
+def test_which_optimizer_says_what_states_take():
+    page = read("docs/which-optimizer.md")
+    kernel = {"up": {"kernel": jax.ShapeDtypeStruct((1024, 4096), jnp.float32)}}
+    halved = {"up": {"kernel": jax.ShapeDtypeStruct((1024, 4096), jnp.bfloat16)}}
+    names = vars(came_optax) | {"optax": optax, "lr": 1e-3}
+
+    def taken(text, params):
+        assert f"`{text.removesuffix('(lr)')}`" in page
+        return state_memory(eval(text, names), params).bytes_per_param
+
+    for text, expected in {
+        'steady_came(lr, mu_dtype="int8")': 1,
+        "came_muon(3 * lr)": 1,
+        "optax.contrib.muon(lr)": 4,
+        "optax.lion(lr)": 4,
+        "optax.adafactor(lr, multiply_by_parameter_scale=False)": 0,
+    }.items():
+        assert taken(text, kernel) == pytest.approx(expected, abs=0.02), text
+    text = 'with_master_weights(steady_came(lr, mu_dtype="int8"))'
+    assert 2 + taken(text, halved) == pytest.approx(4, abs=0.02)
+
+
+def test_updates_are_as_long_as_the_page_of_questions_says():
+    key, shape = jax.random.key(0), (64, 256)
+    params = {"up": {"kernel": jax.random.normal(key, shape)}}
+    tx = came_optax.came_muon(1.0)
+    update, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    rms = jnp.sqrt(jnp.mean(update["up"]["kernel"] ** 2))
+    low, high = map(
+        float, re.search("[|] ([\\d.]+) to ([\\d.]+) [|]", read("docs/faq.md")).groups()
+    )
+    assert low < rms < high
 
 
 def test_which_optimizer_is_short():
