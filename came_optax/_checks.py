@@ -39,9 +39,11 @@ def check_scalar(
         value = float(value)  # A scalar of ml_dtypes is no np.number.
     if isinstance(value, bool) or not isinstance(value, int | float | np.number):
         hint = " (for a schedule, use optax.inject_hyperparams)"
+        allowed = "a number or an array"
+        if name == "learning_rate":
+            allowed = "a number, an array or a schedule"
         raise TypeError(
-            f"{name} must be a number or an array, got {value!r}"
-            f"{hint if callable(value) else ''}"
+            f"{name} must be {allowed}, got {value!r}{hint if callable(value) else ''}"
         )
     bounds = [
         (">=", at_least, np.greater_equal),

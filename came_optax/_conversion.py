@@ -120,10 +120,13 @@ class ConversionReport:
         ]
         rows.insert(0, ("", "new state", "", "old state"))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
+        lines = [
             "  ".join(f"{x:<{n}}" for x, n in zip(row, widths, strict=True)).rstrip()
             for row in rows
-        )
+        ]
+        if self.anew or self.dropped:
+            lines.append("convert_state does this with strict=False only")
+        return "\n".join(lines)
 
 
 def conversion_report(
@@ -152,6 +155,7 @@ def conversion_report(
                  new state                          old state
       converted  ScaleByCameState at '0'      from  ScaleByAdamState at '0'
       anew       ScaleByScheduleState at '2'
+      convert_state does this with strict=False only
     """
     reports: list[ConversionReport] = []
 

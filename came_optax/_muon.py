@@ -14,7 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 from came_optax._algorithm import Hyperparameters
 from came_optax._boxes import unbox
 from came_optax._came import steady_came
-from came_optax._checks import check_mask, check_scalar
+from came_optax._checks import check_mask, check_scalar, check_state
 from came_optax._factored_axes import FactoredAxes, FactoringRule, checked_axes
 from came_optax._factoring import BalancedSplit, check_regex
 from came_optax._momentum import MuDtype
@@ -48,13 +48,13 @@ def came_muon(
     learning_rate: optax.ScalarOrSchedule,
     b1: ArrayLike = 0.95,
     b2: ArrayLike = 0.95,
+    *,
     b3: ArrayLike = 0.9999,
     eps1: ArrayLike = 1e-30,
     eps2: ArrayLike = 0.1,
     clipping_threshold: ArrayLike | None = 1.0,
     weight_decay: float | jax.Array = 0.0,
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
-    *,
     hidden: str | Any | Callable[[optax.Params], Any] | None = None,
     rest_learning_rate_scale: ArrayLike = 1.0,
     factoring: FactoringRule = BalancedSplit(min_dim_size=2),
@@ -70,8 +70,8 @@ def came_muon(
 
     Hidden matrices are updated by :func:`scale_by_came`, whose update is then brought
     to orthogonality (:func:`orthogonalize`); embeddings, heads, positions and vectors
-    by :func:`steady_came`. With :math:`\Delta` of :func:`steady_came`'s equations, but
-    for learning rate and decay, a hidden matrix moves by
+    by :func:`steady_came`. With :math:`\Delta` the update of :func:`steady_came`'s
+    equations before learning rate and decay, a hidden matrix moves by
 
     .. math::
 
@@ -213,7 +213,16 @@ def came_muon(
         warn_of_unmatched(factoring, unbox(params))
         return tx.init(params)
 
-    return optax.GradientTransformationExtraArgs(init_fn, tx.update)
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        check_state(state, optax.transforms.PartitionState, "came_muon")
+        return tx.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _scaled(learning_rate: Any, scale: Any) -> Any:

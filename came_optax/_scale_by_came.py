@@ -55,11 +55,11 @@ class ScaleByCameState(NamedTuple):
 def scale_by_came(
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
+    *,
     b3: ArrayLike = 0.9999,
     eps1: ArrayLike = 1e-30,
     eps2: ArrayLike = 1e-16,
     clipping_threshold: ArrayLike | None = 1.0,
-    *,
     factoring: FactoringRule = LastTwoAxes(),
     mu_dtype: MuDtype = None,
     nesterov: bool = False,

@@ -19,6 +19,7 @@ from came_optax import (
     LastTwoAxes,
     Stacked,
     came,
+    came_muon,
     scale_by_came,
     scale_by_confidence,
     scale_by_factored_moment,
@@ -36,8 +37,8 @@ SCHEDULE = optax.constant_schedule(0.9)
     [
         ("learning_rate", -1e-3, ValueError, ">= 0 and < inf .*got -0.001"),
         ("learning_rate", float("nan"), ValueError, ">= 0 and < inf .*got nan"),
-        ("learning_rate", "0.1", TypeError, NUMBER + "'0.1'"),
-        ("learning_rate", None, TypeError, NUMBER + "None"),
+        ("learning_rate", "0.1", TypeError, "a schedule, got '0.1'"),
+        ("learning_rate", None, TypeError, "a schedule, got None"),
         ("b1", 1.0, ValueError, r">= 0 and < 1 \(in float32\), got 1.0"),
         ("b2", -0.1, ValueError, ">= 0 and < 1 .*got -0.1"),
         ("b3", 0.99999999, ValueError, ">= 0 and < 1 .*got 0.99999999"),
@@ -85,6 +86,22 @@ def test_a_scalar_of_ml_dtypes_is_a_number():
             tx.update(PARAMS, tx.init(PARAMS), PARAMS) for tx in (tx, expected)
         )
     chex.assert_trees_all_close(updates, wanted)
+
+
+def test_adamws_positional_eps_is_not_taken_for_b3():
+    with pytest.raises(TypeError, match="positional"):
+        steady_came(1e-3, 0.9, 0.95, 1e-8)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: optax.adamw(1e-3), lambda: steady_came(1e-3)],
+    ids=["adamw", "came"],
+)
+def test_came_muon_names_a_state_that_is_not_its_own(make):
+    params = {"kernel": jnp.ones((8, 16))}
+    with pytest.raises(TypeError, match="state of came_muon must be a PartitionState"):
+        came_muon(1e-3).update(params, make().init(params), params)
 
 
 @pytest.mark.parametrize("make", [came, steady_came, scale_by_came])
