@@ -12,6 +12,7 @@ from came_optax import (
     scale_by_came,
     scale_by_confidence,
     scale_by_factored_moment,
+    steady_came,
 )
 
 BETAS = [(0.9, 0.999, 0.9999), (0.5, 0.9, 0.99), (0.95, 0.99, 0.999)]
@@ -172,20 +173,48 @@ def test_published_confidence_in_a_constant_gradient_keeps_growing():
     np.testing.assert_allclose(step_size[t], start * np.exp(t / 20_000), rtol=1e-3)
 
 
-@pytest.mark.parametrize("hit", [1e-3, 1e3])
-def test_one_hit_on_a_silent_row(hit):
-    """It moves by 109 learning rates in all, whatever its size; with Adam by 30."""
-    quiet, after = 2000, 200
-    grads = noise(quiet + after, (16, 8)).at[:, 0].set(0.0).at[quiet, 0].set(hit)
-    row = updates_over_time(scale_by_came(), grads)[:, 0]
-    assert jnp.all(row[:quiet] == 0)
+def test_the_first_step_of_steady_came_and_those_under_noise():
+    step_size = rms(updates_over_time(steady_came(1.0), noise(1000, (64, 64))))
+    np.testing.assert_allclose(step_size[0], 1.54, rtol=0.01)
+    assert step_size[0] == step_size.max()
+    np.testing.assert_allclose(step_size[-1], 0.27, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "bound"), [({}, 0.1**-0.5), ({"update_clipping_threshold": 1.0}, 1.0)]
+)
+def test_steady_came_in_a_constant_gradient_stays_bounded(options, bound):
+    grads = jnp.broadcast_to(rank_one(), (20_000, 6, 5))
+    step_size = rms(updates_over_time(steady_came(1.0, **options), grads))
+    np.testing.assert_allclose(step_size[-1], bound, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("rows", "hit"), [(16, 1e-3), (256, 1e3)])
+def test_one_hit_on_a_silent_row(rows, hit):
+    """It moves by 109 learning rates in all, whatever its size.
+
+    By 30 with Adam, and by less than half of that with steady_came: by 9 to 14.
+    """
+    quiet, after = 2000, 150
+    grads = noise(quiet + after, (rows, 8)).at[:, 0].set(0.0).at[quiet, 0].set(hit)
+
+    def distance(tx):
+        row = updates_over_time(tx, grads)[:, 0]
+        assert jnp.all(row[:quiet] == 0)
+        return jnp.sum(row[quiet:], axis=0)
+
     # The momentum (1 − β1) β1ᵏ u, over a root that saw the hit, then m² at every step.
     b1, b3 = 0.9, 0.9999
     m = (1 - b1) * b1 ** np.arange(after)
     s = (1 - b3) * (b1**2 + np.cumsum(m**2) - m[0] ** 2)
     expected = np.sum(m / np.sqrt(s))
     np.testing.assert_allclose(expected, 109, rtol=0.005)
-    np.testing.assert_allclose(jnp.sum(row[quiet:], axis=0), expected, rtol=0.02)
+    np.testing.assert_allclose(distance(scale_by_came()), expected, rtol=0.02)
+    with jax.numpy_dtype_promotion("standard"):
+        adam = distance(optax.scale_by_adam())
+    np.testing.assert_allclose(adam, 30, rtol=0.03)
+    steady = -distance(steady_came(1.0)).mean()
+    assert 9 < steady < 14
 
 
 @pytest.mark.parametrize("threshold", [0.05, 5.0])
