@@ -4,7 +4,6 @@ import inspect
 import pickle
 
 import chex
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -302,40 +301,6 @@ CAME = came(1e-3)
 def test_states_of_other_optimizers(tx, state, error, message):
     with pytest.raises(error, match=message):
         tx.update(PARAMS, state, PARAMS)
-
-
-def test_weight_decay_needs_params():
-    tx = came(1e-3, weight_decay=0.1)
-    with pytest.raises(ValueError, match="you are not passing `params`"):
-        tx.update(PARAMS, tx.init(PARAMS))
-    for zero in 0, 0.0, np.float32(0), np.array(0.0):  # And none does not.
-        came(1e-3, weight_decay=zero).update(PARAMS, tx.init(PARAMS))
-
-
-@pytest.mark.parametrize(
-    "mask, error, message",
-    [
-        ({"kernel": True}, ValueError, "does not fit the parameters: (.|\n)*bias"),
-        ({"kernel": 1.0, "bias": False}, TypeError, "1.0 at 'kernel', not a bool"),
-        (lambda params: "yes", TypeError, "'yes' at '', not a bool"),
-    ],
-)
-def test_weight_decay_masks(mask, error, message):
-    tx = came(1e-3, weight_decay=0.1, weight_decay_mask=mask)
-    with pytest.raises(error, match=f"^weight_decay_mask .*{message}"):
-        tx.init(PARAMS)
-
-
-def test_a_weight_decay_mask_may_be_a_module():
-    """Modules of Equinox are trees that can be called."""
-    linear = eqx.filter(eqx.nn.Linear(3, 3, key=jax.random.key(0)), eqx.is_array)
-    mask = jax.tree.map(lambda p: p.ndim > 1, linear)
-    zeros = jax.tree.map(jnp.zeros_like, linear)
-    for given in (mask, lambda _: mask, jax.tree_util.Partial(lambda _: mask)):
-        tx = came(0.1, weight_decay=0.5, weight_decay_mask=given)
-        updates, _ = tx.update(zeros, tx.init(linear), linear)
-        np.testing.assert_allclose(updates.weight, -0.05 * linear.weight, rtol=1e-6)
-        np.testing.assert_array_equal(updates.bias, 0.0)
 
 
 def test_sixteen_bit_hyperparams_are_refused():

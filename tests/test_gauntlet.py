@@ -17,7 +17,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from came_optax import came, scale_by_came
+from came_optax import (
+    Stacked,
+    came,
+    quantized_ema,
+    scale_by_came,
+    steady_came,
+    with_master_weights,
+)
 
 STEPS, SHAPE = 400, (4, 6)
 EXAMPLES = settings.default.max_examples  # 25, unless --hypothesis-profile says so.
@@ -186,3 +193,59 @@ def test_no_drift_in_100_000_steps(kind, bound):
         for name in ("v_row", "v_col", "v", "s_row", "s_col"):
             found = optax.tree.cast(getattr(state, name), jnp.float64)
             chex.assert_trees_all_close(found, getattr(expected, name), rtol=bound)
+
+
+# Nothing is a NaN or infinite on the way: JAX's checks stay silent, jitted or not.
+CHECKED = {
+    "came": came(1e-3),
+    "steady_came": steady_came(1e-3, weight_decay=0.1),
+    "without momentum": steady_came(1e-3, b1=0.0),
+    "no decay at all": came(1e-3, b1=0.0, b2=0.0, b3=0.0, bias_correction=True),
+    "bfloat16": came(1e-3, mu_dtype="bfloat16", factoring=Stacked(where="kernel")),
+    "int8": steady_came(1e-3, mu_dtype="int8"),
+    "int4": came(1e-3, mu_dtype="int4"),
+    "quantized_ema": quantized_ema(0.9, debias=True, nesterov=True),
+}
+
+
+@pytest.fixture(params=["jitted", "not jitted"])
+def checks(request):
+    jitted = request.param == "jitted"
+    with jax.debug_nans(True), jax.debug_infs(True), jax.disable_jit(not jitted):
+        yield
+
+
+@pytest.mark.slow(but=1)
+@pytest.mark.parametrize("name", CHECKED)
+@pytest.mark.usefixtures("checks")
+def test_no_nan_or_infinity_in_an_update(name):
+    def gradients(step):
+        rng = np.random.default_rng(step)
+        g = {"kernel": rng.normal(size=(64, 66)), "bias": rng.normal(size=9)}
+        g["kernel"][3], g["kernel"][:, 5] = 0, 0  # They never have any.
+        g |= {"zeros": np.zeros((6, 5)), "one": np.ones(()), "no": np.zeros((0, 3))}
+        return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), g)
+
+    tx, params = CHECKED[name], gradients(0)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for step in range(3):
+        _, state = update(gradients(step), state, params)
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.usefixtures("checks")
+def test_no_nan_or_infinity_in_master_weights(bits, dtype):
+    largest = float(jnp.finfo(dtype).max)
+    params = jnp.array([0.0, -0.0, 1.0, -3.3, 1e-40, largest, -largest], dtype)
+    tx = with_master_weights(optax.sgd(1.0), bits)
+    for grads in (jnp.zeros_like(params), jnp.full_like(params, 1e-3)):
+        updates, _ = tx.update(grads, tx.init(params), params)
+        assert jnp.isfinite(updates).all()
+
+
+def test_the_checks_would_find_some():
+    with jax.debug_nans(True), pytest.raises(FloatingPointError, match="nan"):
+        jnp.zeros(2) / jnp.zeros(2)
+    with jax.debug_infs(True), pytest.raises(FloatingPointError, match="inf"):
+        jnp.ones(2) / jnp.zeros(2)

@@ -1,14 +1,16 @@
-"""In which precision what is computed, and of which parameters."""
+"""Which parameters decay, by how much, and what of a mask is refused."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
 
 from came_optax import came
+
+PARAMS = {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)}
 
 
 def decayed(params, mask):
@@ -50,20 +52,35 @@ def test_weight_decay_is_rounded_once(dtype):
     np.testing.assert_array_equal(updates["w"], exact.astype(dtype))
 
 
-def test_schedule_free_takes_came_without_momentum():
-    """It brings a momentum of its own; and steps would be of 10⁹ learning rates."""
-    target = jnp.asarray(np.random.default_rng(0).normal(size=(6, 5)), jnp.float32)
-    tx = optax.contrib.schedule_free(came(0.05, b1=0.0), 0.05, b1=0.9)
-    params = jnp.zeros((6, 5))
+def test_weight_decay_needs_params():
+    tx = came(1e-3, weight_decay=0.1)
+    with pytest.raises(ValueError, match="you are not passing `params`"):
+        tx.update(PARAMS, tx.init(PARAMS))
+    for zero in 0, 0.0, np.float32(0), np.array(0.0):  # And none does not.
+        came(1e-3, weight_decay=zero).update(PARAMS, tx.init(PARAMS))
 
-    @jax.jit
-    def step(params, state):
-        updates, state = tx.update(2 * (params - target), state, params)
-        return optax.apply_updates(params, updates), state
 
-    state = tx.init(params)
-    with jax.numpy_dtype_promotion("standard"):
-        for _ in range(300):
-            params, state = step(params, state)
-        found = optax.contrib.schedule_free_eval_params(state, params)
-    np.testing.assert_allclose(found, target, atol=0.05)
+@pytest.mark.parametrize(
+    "mask, error, message",
+    [
+        ({"kernel": True}, ValueError, "does not fit the parameters: (.|\n)*bias"),
+        ({"kernel": 1.0, "bias": False}, TypeError, "1.0 at 'kernel', not a bool"),
+        (lambda params: "yes", TypeError, "'yes' at '', not a bool"),
+    ],
+)
+def test_weight_decay_masks(mask, error, message):
+    tx = came(1e-3, weight_decay=0.1, weight_decay_mask=mask)
+    with pytest.raises(error, match=f"^weight_decay_mask .*{message}"):
+        tx.init(PARAMS)
+
+
+def test_a_weight_decay_mask_may_be_a_module():
+    """Modules of Equinox are trees that can be called."""
+    linear = eqx.filter(eqx.nn.Linear(3, 3, key=jax.random.key(0)), eqx.is_array)
+    mask = jax.tree.map(lambda p: p.ndim > 1, linear)
+    zeros = jax.tree.map(jnp.zeros_like, linear)
+    for given in (mask, lambda _: mask, jax.tree_util.Partial(lambda _: mask)):
+        tx = came(0.1, weight_decay=0.5, weight_decay_mask=given)
+        updates, _ = tx.update(zeros, tx.init(linear), linear)
+        np.testing.assert_allclose(updates.weight, -0.05 * linear.weight, rtol=1e-6)
+        np.testing.assert_array_equal(updates.bias, 0.0)
