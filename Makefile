@@ -58,7 +58,7 @@ check: $(stamp)-dev ## Check format, lint and types, and run the doctests
 
 .PHONY: parity
 parity: $(stamp)-parity ## Compare with came-pytorch and transformers (installs PyTorch)
-	$(pytest) -m parity --quiet tests/parity $(ARGS)
+	$(pytest) -m parity $(parallel) --dist=loadfile tests/parity $(ARGS)
 
 .PHONY: tpu
 tpu: $(stamp)-dev $(stamp)-tpu ## Compile for TPUs and count: bytes, kernels, communication (needs no TPU)
