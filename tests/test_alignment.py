@@ -1,14 +1,10 @@
 """Which part of a state goes on in which part of another's, and what is said of it."""
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from came_optax import (
     BalancedSplit,
@@ -83,42 +79,6 @@ def test_two_of_a_kind_stay_two():
     for i in (0, 2):
         jax.tree.map(np.testing.assert_array_equal, moved[i], state[i])
     assert jnp.any(moved[0].trace["kernel"] != moved[2].trace["kernel"])
-
-
-@pytest.mark.parametrize("explicit", [False, True], ids=["Auto", "Explicit"])
-def test_what_both_have_survives_on_a_mesh(explicit):
-    """Whatever its sharding: on an ``Auto`` mesh that isn't set, and under jit."""
-    kind = AxisType.Explicit if explicit else AxisType.Auto
-    mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(kind,))
-    old, new = (
-        optax.apply_if_finite(optax.MultiSteps(tx, 4).gradient_transformation(), 9)
-        for tx in (optax.adamw(1e-3), steady_came(1e-3, mu_dtype="int8"))
-    )
-
-    def convert(state, params):
-        return convert_state(state, params, old=old, new=new)
-
-    with jax.set_mesh(mesh) if explicit else contextlib.nullcontext():
-        params = jax.device_put(PARAMS, NamedSharding(mesh, P("fsdp")))
-        state, update = jax.jit(old.init)(params), jax.jit(old.update)
-        for scale in (jnp.nan, 1, 1, 1, 1, 2, 3):
-            grads = jax.tree.map(lambda p, s=scale: s * p, params)
-            _, state = update(grads, state, params)
-        otherwise = NamedSharding(mesh, P(None, "fsdp"))
-        gathered = dict(state.inner_state.acc_grads)
-        gathered["kernel"] = jax.device_put(gathered["kernel"], otherwise)
-        inner = state.inner_state._replace(acc_grads=gathered)
-        convert = jax.jit(convert) if explicit else convert
-        moved = convert(state._replace(inner_state=inner), params)
-        fresh = jax.jit(new.init)(params).inner_state.inner_opt_state
-        moments = moved.inner_state.inner_opt_state
-        if explicit:
-            assert jax.tree.map(jax.typeof, moments) == jax.tree.map(jax.typeof, fresh)
-    assert (moved.notfinite_count, moved.total_notfinite) == (0, 1)
-    inner = moved.inner_state
-    assert (inner.mini_step, inner.gradient_step) == (2, 1)
-    assert inner.acc_grads["kernel"].sharding == otherwise
-    assert jnp.all(inner.acc_grads["kernel"] == 2.5)
 
 
 LABELS = {"embed": "rest", "kernel": "hidden"}

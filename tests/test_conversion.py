@@ -8,10 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen as nn
-from flax import nnx
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from came_optax import (
     BalancedSplit,
@@ -19,18 +15,14 @@ from came_optax import (
     LastTwoAxes,
     Stacked,
     came,
-    came_muon,
     convert_state,
     quantized_ema,
     scale_by_confidence,
     scale_by_factored_moment,
-    state_sharding,
     steady_came,
 )
 
 pytestmark = pytest.mark.usefixtures("promotion")
-
-
 SCHEDULE = optax.linear_schedule(0.0, 1e-2, 100)
 SHAPES = {"bias": (96,), "kernel": (80, 96), "query": (4, 32, 4, 16), "long": (5000,)}
 
@@ -265,99 +257,6 @@ def test_averages_and_halves(old, new):
     updates, converted = new.update(params, converted, params)
     assert converted.count == state.count == 4
     check_alike(updates, expected, 0.9, 0.1)
-
-
-def placed(*shape):
-    """Returns shardings of the parameters on a mesh of this shape."""
-    mesh = jax.make_mesh(shape, ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
-    specs = {"kernel": P("fsdp", "tensor"), "query": P(None, "fsdp", "tensor")}
-    return {name: NamedSharding(mesh, specs.get(name, P())) for name in SHAPES}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("rule", "mu_dtype", "new_rule", "new_dtype"),
-    [
-        (LAST, "float32", LAST, "int8"),
-        (LAST, "int8", STACKED, "int4"),
-        (STACKED, "int4", BALANCED, "bfloat16"),
-    ],
-)
-def test_on_another_mesh(rule, mu_dtype, new_rule, new_dtype):
-    """What ran on one mesh goes on on another as it would on one device."""
-    params = make_params()
-    old = steady_came(1e-3, mu_dtype=mu_dtype, factoring=rule)
-    new = steady_came(1e-3, mu_dtype=new_dtype, factoring=new_rule)
-    here, there = placed(8, 1), placed(2, 4)
-    init = jax.jit(old.init, out_shardings=state_sharding(old, params, here))
-    on_here = jax.device_put(params, here)
-    _, state = train(old, init(on_here), on_here, range(3))
-    alone = jax.device_get(state)
-
-    moved = jax.device_put(state, state_sharding(old, params, there))
-    on_there = jax.device_put(params, there)
-    converted = jax.jit(
-        lambda state, params: convert_state(state, params, old=old, new=new),
-        out_shardings=state_sharding(new, params, there),
-    )(moved, on_there)
-    mu = converted[0].mu["kernel"]
-    values = mu if new_dtype == "bfloat16" else mu.values
-    assert values.sharding.spec == P("fsdp", "tensor")
-    assert converted[0].v_col["kernel"].sharding.spec == P("tensor")
-    expected = convert_state(alone, params, old=old, new=new)
-    updates, _ = train(new, converted, on_there, range(3, 4))
-    expected_updates, _ = train(new, expected, params, range(3, 4))
-    for name in params:
-        x, y = updates[name], expected_updates[name]
-        np.testing.assert_allclose(x, y, atol=1e-3 * float(y.std()), err_msg=name)
-
-
-def test_flax_boxes():
-    boxed = {"kernel": nn.Partitioned(jnp.ones((80, 96)), ("fsdp", "tensor"))}
-    old, new = optax.adamw(1e-3), steady_came(1e-3, mu_dtype="int8")
-    converted = convert_state(old.init(boxed), boxed, old=old, new=new)
-    assert jax.tree.structure(converted) == jax.tree.structure(new.init(boxed))
-
-
-def test_nnx_optimizer_goes_on():
-    """Its state is put back with ``nnx.update``."""
-    model = nnx.Linear(64, 96, rngs=nnx.Rngs(0))
-    old, new = optax.adamw(SCHEDULE), steady_came(SCHEDULE, mu_dtype="int8")
-
-    @nnx.jit
-    def step(model, optimizer):
-        grads = nnx.grad(lambda model: jnp.mean(model(jnp.ones((1, 64))) ** 2))(model)
-        before = model.kernel[...]
-        optimizer.update(model, grads)
-        return model.kernel[...] - before
-
-    optimizer = nnx.Optimizer(model, old, wrt=nnx.Param)
-    for _ in range(10):
-        last = step(model, optimizer)
-    converted = convert_state(
-        optimizer.opt_state, nnx.state(model, nnx.Param), old=old, new=new
-    )
-    optimizer = nnx.Optimizer(model, new, wrt=nnx.Param)
-    nnx.update(optimizer.opt_state, nnx.state(converted))
-    assert optimizer.opt_state[-1].count[...] == 10
-    assert optimizer.opt_state[0].mu["kernel"].values.dtype == jnp.int8
-    moved = step(model, optimizer)
-    assert cosine(moved, last) > 0.95
-    np.testing.assert_allclose(jnp.linalg.norm(moved), jnp.linalg.norm(last), rtol=0.3)
-
-
-def test_leaves_that_nnx_boxes_though_they_are_masked():
-    old, new = optax.contrib.muon(1e-2), came_muon(1e-2, mu_dtype=None)
-    model = nnx.Linear(64, 96, rngs=nnx.Rngs(0))
-    params = nnx.state(model, nnx.Param)
-    optimizer = nnx.Optimizer(model, old, wrt=nnx.Param)
-    optimizer.update(model, params)
-    state = convert_state(optimizer.opt_state, params, old=old, new=new)
-    before = optax.tree.get(optimizer.opt_state.inner_states["muon"], "mu")["kernel"]
-    optimizer = nnx.Optimizer(model, new, wrt=nnx.Param)
-    nnx.update(optimizer.opt_state, nnx.state(state))
-    after = optax.tree.get(optimizer.opt_state.inner_states["hidden"], "mu")["kernel"]
-    assert cosine(before[...], after[...]) > 0.999
 
 
 @pytest.mark.parametrize(

@@ -34,12 +34,11 @@ OPTIMIZERS = {
 NARROW = [jnp.float16, jnp.bfloat16, jnp.float32]
 DTYPES = [*NARROW, jnp.float64, jnp.complex64, jnp.complex128]
 SHAPES = [(3,), (2, 48, 46), ()]
-x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_types_are_stable_under_cond_and_scan(name):
-    with x64(True):
+    with jax.enable_x64(True):
         pairs = itertools.product(SHAPES, DTYPES)
         params = [jax.ShapeDtypeStruct(*pair) for pair in pairs]
         tx = OPTIMIZERS[name]
@@ -67,7 +66,7 @@ def test_updates_have_the_dtype_of_the_params(injected):
     inject = optax.inject_hyperparams(came, hyperparam_dtype=jnp.float32)
     tx = (inject if injected else came)(1e-2, weight_decay=0.1)
     dtypes = NARROW if injected else [*NARROW, jnp.float64]
-    with x64(True):
+    with jax.enable_x64(True):
         pairs = [*itertools.product(dtypes, repeat=2)]
         params, grads = (
             [jax.ShapeDtypeStruct((3, 2), pair[i]) for pair in pairs] for i in (0, 1)

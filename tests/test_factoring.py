@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from optax.contrib import MuonDimensionNumbers
 
 from came_optax import (
     BalancedSplit,
+    ByMuonDimensionNumbers,
     ByPath,
     FactoredAxes,
     LargestTwoAxes,
@@ -179,3 +181,35 @@ def test_any_object_with_an_axes_method_is_a_rule():
     negative, _ = tx.update(params, tx.init(params))
     named, _ = published.update(params, published.init(params))
     np.testing.assert_array_equal(negative["a"], named["a"])
+
+
+def test_dimension_numbers_are_a_rule():
+    params = {"a": {"w": jnp.zeros((2, 3, 4)), "v": jnp.zeros(3)}, "b": jnp.zeros(4)}
+    numbers = {"a": {"w": MuonDimensionNumbers(-2, (0, 2)), "v": None}, "b": None}
+    for rule in (
+        ByMuonDimensionNumbers(numbers),
+        ByMuonDimensionNumbers(lambda _: numbers, params),
+    ):
+        assert rule.axes(path("a", "w"), (2, 3, 4)) == FactoredAxes((-2,), (0, 2))
+        assert rule.axes(path("a", "v"), (3,)) is None
+    prefix = ByMuonDimensionNumbers({"a": MuonDimensionNumbers(1, 2)})
+    assert prefix.axes(path("a", "w"), (2, 3, 4)) == FactoredAxes((1,), (2,), (0,))
+    assert prefix.axes(path("ab"), (2, 3, 4)) is None
+    all_leaves = ByMuonDimensionNumbers(MuonDimensionNumbers())
+    assert all_leaves.axes(path("a", "w"), (3, 4)) == FactoredAxes((0,), (1,))
+
+
+def path(*keys):
+    return tuple(map(jax.tree_util.DictKey, keys))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "error", "message"),
+    [
+        (lambda params: None, ValueError, "of a function needs params"),
+        ({"a": (0, 1)}, TypeError, "has 0 at 'a/0'; allowed are MuonDimensionNumbers"),
+    ],
+)
+def test_what_are_no_dimension_numbers_is_refused(numbers, error, message):
+    with pytest.raises(error, match=message):
+        ByMuonDimensionNumbers(numbers)

@@ -33,7 +33,6 @@ VARIANTS = {
     "bounded": scale_by_came(bias_correction=True, update_clipping_threshold=1.0),
     "unclipped": scale_by_came(clipping_threshold=None),
 }
-x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 
 
 def noise(steps=STEPS):
@@ -186,7 +185,7 @@ def test_no_drift_in_100_000_steps(kind, bound):
         steps = jnp.arange(100_000, dtype=jnp.int32)
         return jax.lax.scan(step, tx.init(params), steps)[0]
 
-    with x64(True):
+    with jax.enable_x64(True):
         zeros = jnp.zeros(SHAPE, jnp.float32)
         params = {"matrix": zeros, "vector": zeros.reshape(-1)}
         state, expected = scan(params), scan(optax.tree.cast(params, jnp.float64))

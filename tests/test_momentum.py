@@ -1,11 +1,9 @@
 """Momentum stored in 16, 8 and 4 bits, in CAME and in any chain."""
 
 import functools
-import math
 
 import chex
 import hypothesis
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,13 +13,10 @@ import pytest
 from came_optax import (
     BalancedSplit,
     Codes,
-    FactoredAxes,
     LargestTwoAxes,
     LastTwoAxes,
     Stacked,
-    _codes,
     came,
-    quantized_ema,
     scale_by_came,
     scale_by_confidence,
     steady_came,
@@ -41,83 +36,6 @@ THIN = [(1, 4097), (4097, 1), (4, 1, 1024), (7, 7, 1, 96)]
 
 def normal(shape, dtype=jnp.float32, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def round_trip(m, mu_dtype, step=1):
-    """Returns what the next step reads of momentum ``m``."""
-    n = m.ndim
-    axes = FactoredAxes((n - 2,), (n - 1,)) if n > 1 else FactoredAxes()
-    step, largest = jnp.int32(step), _codes.largest
-    codes = _codes.encode(lambda: m, axes, BITS[mu_dtype], step, largest)
-    return _codes.decode(codes, m, axes)
-
-
-def mean_over_steps(m, mu_dtype, steps):
-    read = jax.vmap(lambda i: round_trip(m, mu_dtype, i))(jnp.arange(steps))
-    return jnp.mean(read, 0)
-
-
-def largest(m):
-    """The smaller of the largest magnitudes in each element's row and column."""
-    m = np.abs(m)
-    row = m.max(-1, keepdims=True)
-    return row if m.ndim == 1 else np.minimum(row, m.max(-2, keepdims=True))
-
-
-def check_error(shape, mu_dtype, seed=0):
-    m = np.asarray(normal(shape, seed=seed) * 10 ** normal(shape[-1:], seed=1))
-    error = np.abs(round_trip(m, mu_dtype) - m)
-    assert (error <= 1.001 * LARGEST_ERROR[mu_dtype] * largest(m)).all()
-
-
-@quantized
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_error_is_a_step_of_the_row_or_column(shape, mu_dtype):
-    with jax.numpy_rank_promotion("allow"):
-        check_error(shape, mu_dtype)
-
-
-@hypothesis.settings(max_examples=EXAMPLES // 2)
-@hypothesis.given(
-    shape=st.lists(st.integers(1, 9), min_size=1, max_size=4),
-    mu_dtype=st.sampled_from(list(LARGEST_ERROR)),
-    seed=st.integers(0, 100),
-)
-def test_and_so_it_is_for_any_shape(shape, mu_dtype, seed):
-    with jax.numpy_rank_promotion("allow"):
-        check_error((*shape, -(-4096 // math.prod(shape))), mu_dtype, seed)
-
-
-@quantized
-def test_what_is_extreme_in_its_row_and_column_is_kept(mu_dtype):
-    m = jnp.diag(normal((64,)))
-    for step in range(20):
-        chex.assert_trees_all_close(round_trip(m, mu_dtype, step), m, rtol=3e-7)
-
-
-@quantized
-def test_small_values_keep_finer_codes(mu_dtype):
-    m = jnp.linspace(-1, 1, 8193)
-    error = jnp.abs(round_trip(m, mu_dtype) - m)
-    assert error.max() == pytest.approx(LARGEST_ERROR[mu_dtype], rel=0.15)
-    assert error[jnp.abs(m) < 0.1].max() < 0.6 * error.max()
-
-
-@quantized
-def test_the_mean_over_steps_is_exact(mu_dtype):
-    """To a fortieth of the distance of codes; to the nearest it would be a fourth."""
-    m = normal((64, 64))
-    error = jnp.abs(mean_over_steps(m, mu_dtype, 512) - m) / jnp.asarray(largest(m))
-    assert error.max() <= LARGEST_ERROR[mu_dtype] / 40
-
-
-@quantized
-def test_the_mean_over_steps_is_exact_relative_to_small_values_too(mu_dtype):
-    """Rounded evenly between codes, not levels, they would be up to 14 % too large."""
-    m = jnp.concatenate([jnp.ones(1), 10.0 ** jnp.linspace(-2.7, 0, 63)])
-    m = m * jnp.where(jnp.arange(64) % 2 == 0, 1, -1)
-    np.testing.assert_allclose(mean_over_steps(m, mu_dtype, 8192), m, rtol=0.01)
 
 
 def left_after(mu_dtype, steps, noise=1.0, constant=0.0, b1=0.9):
@@ -174,15 +92,6 @@ def test_the_slowest_rate_at_which_bfloat16_forgets(b1, forgets):
 
 
 @quantized
-@pytest.mark.parametrize("size", [2.0**-100, 2.0**-60, 2.0**60, 2.0**126])
-def test_tiny_and_huge_values(size, mu_dtype):
-    m = normal((64, 64))
-    m = m / jnp.abs(m).max()
-    read = round_trip(m * size, mu_dtype) / size
-    chex.assert_trees_all_equal(read, round_trip(m, mu_dtype))
-
-
-@quantized
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_bad_gradients_are_not_forgotten(bad, mu_dtype):
     grads, tx = {"x": normal((64, 64))}, came(1e-3, mu_dtype=mu_dtype)
@@ -190,15 +99,6 @@ def test_bad_gradients_are_not_forgotten(bad, mu_dtype):
     _, state = update({"x": grads["x"].at[3, 5].set(bad)}, tx.init(grads), grads)
     updates, _ = update(grads, state, grads)
     assert not jnp.isfinite(updates["x"]).all()
-
-
-@quantized
-def test_zero_rows_columns_and_leaves_stay_zero(mu_dtype):
-    m = normal((64, 64)).at[7].set(0).at[:, 9].set(0)
-    read = round_trip(m, mu_dtype)
-    assert not read[7].any() and not read[:, 9].any()
-    assert read.any()
-    chex.assert_trees_all_equal(round_trip(0 * m, mu_dtype), 0 * m)
 
 
 @pytest.mark.parametrize(
@@ -341,48 +241,3 @@ def test_states_of_another_dtype_or_shape_are_refused(
         state = state._replace(mu={"x": state.mu["x"]._replace(**change)})
     with pytest.raises((TypeError, ValueError), match=error):
         scale_by_confidence(mu_dtype=mu_dtype).update(params, state)
-
-
-def ema_gradients(step):
-    return {"kernel": normal((64, 96), seed=step), "bias": normal((96,), seed=step)}
-
-
-def average(tx, steps):
-    state, update = tx.init(ema_gradients(0)), jax.jit(tx.update)
-    with jax.numpy_dtype_promotion("standard"):  # optax.ema needs it.
-        for step in range(steps):
-            updates, state = update(ema_gradients(step), state)
-    return updates, state
-
-
-@pytest.mark.parametrize("debias", [False, True])
-def test_in_float32_quantized_ema_is_optax_ema(debias):
-    ours, _ = average(quantized_ema(0.9, debias=debias, mu_dtype="float32"), 5)
-    expected, _ = average(optax.ema(0.9, debias=debias), 5)
-    chex.assert_trees_all_close(ours, expected, rtol=1e-5, atol=1e-7)
-
-
-def test_nesterov_looks_one_step_ahead():
-    ours, state = average(quantized_ema(0.9, nesterov=True, mu_dtype=None), 5)
-    expected = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, state.mu, ema_gradients(4))
-    chex.assert_trees_all_close(ours, expected, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize(("mu_dtype", "error"), [("int8", 0.02), ("int4", 0.3)])
-def test_quantized_ema_is_near_in_codes(mu_dtype, error):
-    ours, state = average(quantized_ema(0.9, mu_dtype=mu_dtype), 30)
-    expected, _ = average(optax.ema(0.9, debias=False), 30)
-    assert isinstance(state.mu["kernel"], Codes)
-    assert not isinstance(state.mu["bias"], Codes)  # Too small to gain by them.
-    difference = jnp.std(ours["kernel"] - expected["kernel"])
-    assert 0 < difference < error * jnp.std(expected["kernel"])
-    chex.assert_trees_all_close(ours["bias"], expected["bias"], rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"decay": 1.0}, "^decay must be"), ({"decay": 0.9, "mu_dtype": "int9"}, "int9")],
-)
-def test_bad_arguments_of_quantized_ema_are_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        quantized_ema(**options)

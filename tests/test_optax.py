@@ -42,7 +42,6 @@ DTYPES = [*NARROW, jnp.float64, jnp.complex64, jnp.complex128]
 SHAPES = {"bias": (3,), "kernel": (2, 48, 46), "twin": (2, 48, 46), "scale": ()}
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
-x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 
 
 def make_params(dtype=jnp.float32):

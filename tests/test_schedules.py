@@ -53,7 +53,6 @@ OPTIONS = {
     "nesterov": {"nesterov": True},
 }
 RULE = ByPath({"stack": Stacked(), "heads": BalancedSplit()})
-x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 
 
 def gradients(step, dtype):
@@ -143,7 +142,7 @@ def test_values(platform, options, mu_dtype):
 @pytest.mark.parametrize("dtype", [np.complex64, np.float64, np.complex128])
 @pytest.mark.parametrize("platform", SCHEDULES)
 def test_complex_and_double(platform, dtype):
-    with x64(True):
+    with jax.enable_x64(True):
         for options in ("published", "steady"):
             tx = scale_by_came(**OPTIONS[options])
             found = run(tx, SCHEDULES[platform], dtype)
@@ -241,7 +240,7 @@ def paper(grads, h, corrected):
 
 @pytest.mark.parametrize("corrected", [False, True])
 def test_the_algorithm_is_the_papers(corrected):
-    with x64(True):
+    with jax.enable_x64(True):
         grads = [np.random.default_rng(i).normal(size=(6, 9)) for i in range(20)]
         tx = scale_by_came(bias_correction=corrected)
         state = tx.init(jnp.asarray(grads[0]))

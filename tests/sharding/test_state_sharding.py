@@ -8,7 +8,7 @@ import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from came_optax import (
@@ -213,87 +213,6 @@ def test_nested_wrappers_place_quantized_momentum(auto_mesh, mu_dtype):
     assert jnp.issubdtype(codes.dtype, jnp.integer)
 
 
-# Experts, heads or layers, rows, columns, both; odd vocabularies.
-ALL = "fsdp", "tp"
-
-
-SHARDED = {
-    (8, 64, 96): [P(ALL), P(None, ALL), P(None, None, ALL), P(None, "fsdp", "tp")],
-    (64, 8, 32): [P(ALL), P(None, ALL), P("fsdp", "tp")],
-    (8, 1023, 33): [P(ALL)],
-    (1031, 128): [P(None, ALL)],
-    (2048, 40): [P(ALL), P(None, ALL), P("fsdp", "tp")],
-    (8, 1024): [P(ALL), P(None, ALL)],
-    (24, 4096): [P(ALL), P(None, "fsdp")],
-    (4096,): [P(ALL)],
-}
-
-
-def fsdp_and_tp(explicit):
-    kind = AxisType.Explicit if explicit else AxisType.Auto
-    return jax.make_mesh((4, 2), ALL, axis_types=(kind,) * 2)
-
-
-@pytest.mark.slow(but=5)
-@pytest.mark.parametrize("explicit", [False, True])
-@pytest.mark.parametrize("shape", SHARDED, ids=str)
-def test_four_bits_take_no_more_of_a_device_than_eight(shape, explicit):
-    mesh = fsdp_and_tp(explicit)
-
-    def largest_shard(mu_dtype, sharding):
-        params = jax.device_put(jnp.ones(shape), sharding)
-        tx = came(1e-3, mu_dtype=mu_dtype)
-        place = None if explicit else state_sharding(tx, params, sharding)
-        state = jax.jit(tx.init, out_shardings=place)(params)
-        return max(x.data.nbytes for x in find(state, "mu").values.addressable_shards)
-
-    with jax.set_mesh(mesh):
-        for spec in SHARDED[shape]:
-            four, eight = (
-                largest_shard(mu_dtype, NamedSharding(mesh, spec))
-                for mu_dtype in ("int4", "int8")
-            )
-            assert four <= 0.52 * eight + 8, spec
-
-
-@pytest.mark.slow(but=1)
-@pytest.mark.skipif(
-    jax.__version_info__ < (0, 10),
-    reason="the XLA of jax 0.8.1 refuses scalars beside arrays in host memory",
-)
-@pytest.mark.parametrize("explicit", [False, True])
-@pytest.mark.parametrize("mu_dtype", ["float32", "int8"])
-def test_offloaded_parameters_have_their_state_beside_them(mu_dtype, explicit):
-    mesh = fsdp_and_tp(explicit)
-    on_host = NamedSharding(mesh, P("fsdp", "tp"), memory_kind="pinned_host")
-    shardings = {"host": on_host, "device": NamedSharding(mesh, P("fsdp"))}
-    params = {name: jnp.ones((64, 64)) for name in shardings}
-    tx = came(1e-3, mu_dtype=mu_dtype)
-    place = state_sharding(tx, params, shardings)
-    kinds = jax.tree.map(lambda s: s.memory_kind, place)
-    for path, kind in jax.tree.leaves_with_path(kinds):
-        is_host = "host" in jax.tree_util.keystr(path)
-        assert kind == ("pinned_host" if is_host else "device"), path
-
-    def to_device(x, sharding):
-        if sharding.memory_kind != "pinned_host":
-            return x
-        return jax.device_put(x, sharding.with_memory_kind("device"))
-
-    @functools.partial(jax.jit, out_shardings=(None, place))
-    def step(params, state):
-        params = jax.tree.map(to_device, params, shardings)
-        return tx.update(params, jax.tree.map(to_device, state, place), params)
-
-    with jax.set_mesh(mesh):
-        laid = jax.device_put(params, shardings)
-        state = jax.jit(tx.init, out_shardings=place)(laid)
-        updates, state = step(laid, state)
-    assert jax.tree.map(lambda x: x.sharding.memory_kind, state) == kinds
-    expected, _ = jax.jit(tx.update)(params, tx.init(params), params)
-    chex.assert_trees_all_close(jax.device_get(updates), expected, rtol=1e-5)
-
-
 def test_mesh_axes_that_do_not_divide_are_left_out(auto_mesh):
     # Such as a quantised momentum's scales, one for each block of a parameter.
     def init(params):
@@ -309,8 +228,6 @@ def test_mesh_axes_that_do_not_divide_are_left_out(auto_mesh):
 
 MESH = Mesh(np.array(jax.devices()).reshape(4, 2), ("fsdp", "tensor"))
 OTHER = NamedSharding(Mesh(np.array(jax.devices()), ("fsdp",)), P())
-
-
 NO_SPEC = NamedSharding(MESH, P())
 
 
