@@ -12,8 +12,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from running import metrics
 from running.command_line import interrupts
+from tests.examples.launching import ROOT, environment
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "pretrain_gpt2.py"
 ARGUMENTS = [
     *("--text=text.txt", "--vocab-size=300", "--seq-len=8", "--batch-size=4"),
@@ -27,19 +27,12 @@ def start(tmp_path_factory):
     folder = tmp_path_factory.mktemp("it's ünder $HOME; ")
     sentences = (f"Sentence {i} says {i * i} times {i % 7}.\n" for i in range(2_000))
     (folder / "text.txt").write_text("".join(sentences))
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "XDG_CACHE_HOME": str(folder / "cache"),
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": "",
-    }
 
     def start_process(command, cwd=folder):
         return subprocess.Popen(
             ["sh", "-c", command, "sh", sys.executable, str(SCRIPT), *ARGUMENTS],
             cwd=cwd,
-            env=environment,
+            env=environment(folder),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

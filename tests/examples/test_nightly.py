@@ -6,14 +6,12 @@ ends with the bits of one that nothing stopped, or is refused in a line that lea
 
 import functools
 import json
-import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import chex
 import jax
@@ -24,11 +22,11 @@ import pytest
 
 from running.folder import Checkpoints, steps
 from task import UserError
+from tests.examples.launching import ROOT, environment
 from training.step import TrainState
 
 pytestmark = pytest.mark.nightly
 
-ROOT = Path(__file__).parents[2]
 FLIPS, SEQUENCES = 150, 11
 SHORT = (
     *("--batch-size", "8", "--seq-len", "16", "--steps", "12", "--log-every", "1"),
@@ -152,18 +150,11 @@ def start(folder, script, output, *arguments):
 
 
 def launch(folder, command):
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "XDG_CACHE_HOME": str(folder / "cache"),
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": "",
-        "TF_CPP_MIN_LOG_LEVEL": "3",  # On a busy machine it warns of slow compilation.
-    }
     return subprocess.Popen(
         command,
         cwd=folder,
-        env=environment,
+        # On a busy machine it warns of slow compilation.
+        env=environment(folder, TF_CPP_MIN_LOG_LEVEL="3"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

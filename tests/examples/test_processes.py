@@ -1,12 +1,10 @@
 """Two processes of four devices train as one process of eight does."""
 
-import os
 import shutil
 import socket
 import subprocess
 import sys
 from concurrent import futures
-from pathlib import Path
 
 import chex
 import jax
@@ -14,8 +12,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from running import metrics
+from tests.examples.launching import ROOT, environment
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "pretrain_gpt2.py"
 OPTIONS = (
     *("--text", "text.txt", "--vocab-size", "300", "--size", "nano", "--seq-len", "8"),
@@ -31,22 +29,17 @@ def pretrain(processes, folder, *options):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "XDG_CACHE_HOME": str(folder.parent / "cache"),
-        "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}",
-    }
+    flags = f"--xla_force_host_platform_device_count={8 // processes}"
+    variables = environment(folder.parent, XLA_FLAGS=flags)
     if processes > 1:
-        environment["JAX_COORDINATOR_ADDRESS"] = f"localhost:{port}"
-        environment["JAX_NUM_PROCESSES"] = str(processes)
+        variables["JAX_COORDINATOR_ADDRESS"] = f"localhost:{port}"
+        variables["JAX_NUM_PROCESSES"] = str(processes)
 
     def run(index):
         return subprocess.run(
             [sys.executable, str(SCRIPT), "--output", str(folder), *options],
             cwd=folder.parent,
-            env=environment | {"JAX_PROCESS_ID": str(index)},
+            env=variables | {"JAX_PROCESS_ID": str(index)},
             capture_output=True,
             text=True,
             timeout=SECONDS,  # Then it is killed: it may wait for another.

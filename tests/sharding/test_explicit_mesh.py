@@ -112,7 +112,8 @@ def test_compiled_and_eager_arrays_have_those_types(explicit_mesh, jit):
     ids=["int8", "int4-stacked"],
 )
 def test_values_in_codes_do_not_depend_on_the_mesh(explicit_mesh, mu_dtype, rule):
-    params = sharded_params(explicit_mesh(a=2, b=2, c=2), LARGE_SPECS, seed=0)
+    one_spec_each = {shape: specs[:1] for shape, specs in LARGE_SPECS.items()}
+    params = sharded_params(explicit_mesh(a=2, b=2, c=2), one_spec_each, seed=0)
     tx = came(1e-2, mu_dtype=mu_dtype, factoring=rule)
 
     @jax.jit
@@ -134,7 +135,7 @@ def test_values_in_codes_do_not_depend_on_the_mesh(explicit_mesh, mu_dtype, rule
 def test_remainders_have_their_parameters_types(explicit_mesh, bits):
     params = optax.tree.cast(sharded_params(explicit_mesh(a=2, b=2, c=2)), jnp.bfloat16)
     tx = with_master_weights(came(1e-3), bits)
-    state = tx.init(params)
+    state = jax.eval_shape(tx.init, params)
     if bits > 16:
         for p, r in zip(
             jax.tree.leaves(params), jax.tree.leaves(state.remainder), strict=True
