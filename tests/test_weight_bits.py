@@ -5,9 +5,15 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from came_optax import MasterWeightsState, master_weights, split_weights
+from came_optax import (
+    MasterWeightsState,
+    master_weights,
+    split_weights,
+    with_master_weights,
+)
 
 NARROW = [jnp.bfloat16, jnp.float16]
 
@@ -74,3 +80,97 @@ def test_an_old_remainder_is_less_than_half_the_distance_to_the_next(bits, dtype
         weights, again = map(np.float32, rounded(jnp.int32(old)))
         assert np.isnan(weights[nan]).all()
         np.testing.assert_array_equal(again[~nan], of_params[~nan])
+
+
+def apply(params, updates):
+    with jax.numpy_dtype_promotion("standard"):  # For bfloat16 and float32.
+        return optax.apply_updates(params, updates)
+
+
+def any_floats(n, seed, exponents):
+    rng = np.random.default_rng(seed)
+    exponent = rng.integers(*np.add(exponents, 127), n, dtype=np.uint32)
+    rest = rng.integers(2**23, size=n, dtype=np.uint32)
+    return float32(
+        (rng.integers(2, size=n, dtype=np.uint32) << 31) | (exponent << 23) | rest
+    )
+
+
+N = 200_000
+WEIGHTS = any_floats(N, 0, (-60, 60))
+ULPS = np.random.default_rng(1).integers(-300, 300, N, dtype=np.int32)
+STEPS = {
+    "tiny": WEIGHTS * any_floats(N, 1, (-30, -10)),
+    "alike": WEIGHTS * any_floats(N, 1, (-3, 3)),
+    "by 30 exponents": WEIGHTS * any_floats(N, 1, (28, 31)),
+    "to 0": -WEIGHTS,
+    "to nearly 0": -(WEIGHTS.view(np.int32) + ULPS).view(np.float32),
+    "any": any_floats(N, 1, (-126, 127)),
+    "to the largest": np.full(N, np.finfo(np.float32).max),
+    "to infinity": np.full(N, np.inf, np.float32),
+    "to NaN": np.full(N, np.nan, np.float32),
+}
+
+
+def after_a_step(weights, steps, bits, dtype=jnp.bfloat16):
+    """Returns parameters and weights after one step, and what float32 makes of it."""
+    tx = with_master_weights(optax.identity(), bits)
+
+    @jax.jit
+    def step(weights, steps):
+        params, remainder = split_weights(weights, bits, dtype)
+        state = tx.init(params)._replace(remainder=remainder)
+        updates, state = tx.update(steps, state, params)
+        params = apply(params, updates)
+        return params, master_weights(params, state), weights + steps
+
+    return map(np.asarray, step(jnp.asarray(weights), jnp.asarray(steps)))
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_in_32_bits_is_float32s(name):
+    params, weights, expected = after_a_step(WEIGHTS, STEPS[name], 32)
+    # The one case in which no float32 leads from one parameter to the other.
+    start = np.asarray(split_weights(WEIGHTS, 32)[0], np.float32)
+    crossed = np.abs(expected) < 2.0**-14 * np.abs(WEIGHTS)
+    crossed &= (np.abs(start) > np.abs(WEIGHTS)) & (
+        np.signbit(expected) != np.signbit(WEIGHTS)
+    )
+    error = np.abs(weights[crossed] - expected[crossed])
+    assert (error <= np.spacing(np.abs(STEPS[name][crossed]))).all()
+    kept = ~crossed & ~np.isnan(expected)
+    np.testing.assert_array_equal(bits_of(weights)[kept], bits_of(expected)[kept])
+    np.testing.assert_array_equal(
+        params[~crossed].astype(np.float32),
+        np.asarray(split_weights(expected, 32)[0], np.float32)[~crossed],
+    )
+
+
+@pytest.mark.parametrize("start", [-0.0, 0.0, 1e-40, 3.4e38, np.inf, -np.inf, np.nan])
+def test_what_is_rare_passes(start):
+    """Zeros of both signs, what only float32 holds, and infinities stay."""
+    weights, steps = np.full(3, start, np.float32), np.float32([0.0, -0.0, 1e30])
+    _, after, expected = after_a_step(weights, steps, 32)
+    np.testing.assert_array_equal(bits_of(after), bits_of(expected))
+    # Nor is a difference beyond float32 infinite.
+    weights = np.float32([-(2.0**127) * (1 + 2.0**-8 + 2.0**-20)])
+    _, after, expected = after_a_step(weights, [np.finfo(np.float32).max], 32)
+    np.testing.assert_allclose(after, expected, rtol=2**-7)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("bits", [24, 16])
+def test_a_step_in_fewer_bits_is_near_and_right_on_average(bits, dtype):
+    exponents = (-60, 60) if dtype == jnp.bfloat16 else (-14, 14)
+    weights = np.asarray(
+        split_weights(any_floats(N, 0, exponents), 16, dtype)[0], np.float32
+    )
+    steps = weights * any_floats(N, 1, (-20, -8))
+    params, after, expected = after_a_step(weights, steps, bits, dtype)
+    unit = 2.0 ** (16 - bits - jnp.finfo(dtype).nmant)
+    error = ((after - expected) / (unit * np.abs(expected))).astype(np.float64)
+    assert 0.4 < np.abs(error).max() < 1
+    assert np.abs(error.mean()) < 5 * error.std() / np.sqrt(N)
+    apart = np.abs(params.astype(np.float32) - after)
+    half = 2.0 ** -(jnp.finfo(dtype).nmant + 1)
+    assert (apart <= half * np.abs(after) * (1 + half)).all()
