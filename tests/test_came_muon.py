@@ -199,6 +199,7 @@ def test_the_choice_is_in_the_table_of_leaves():
     assert "group" not in unlabelled
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize(
     ("scheduled", "mu_dtype"), [(True, "float32"), (False, "int8")]
 )
@@ -249,14 +250,15 @@ def test_a_stack_is_updated_as_its_layers():
 def test_updates_have_the_dtype_of_the_parameters():
     params = normal(SHAPES, dtype=jnp.bfloat16)
     tx = came_muon(1e-2, weight_decay=0.1)
-    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    state = jax.eval_shape(tx.init, params)
+    updates, _ = jax.eval_shape(tx.update, params, state, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
 
 
 OTHERS = {"ns_coeffs": "polar_express", "factoring": LastTwoAxes(), "hidden": "kernel"}
 
 
-@pytest.mark.slow(but=1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{}, {"weight_decay": 0.1, "mu_dtype": None, "consistent_rms": None, **OTHERS}],

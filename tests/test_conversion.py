@@ -59,6 +59,10 @@ def train(tx, state, params, steps):
     return updates, state
 
 
+def convert(state, params, old, new):
+    return jax.jit(lambda s, p: convert_state(s, p, old=old, new=new))(state, params)
+
+
 def cosine(x, y):
     return float(jnp.vdot(x, y) / jnp.linalg.norm(x) / jnp.linalg.norm(y))
 
@@ -86,7 +90,7 @@ def check_alike(updates, expected, least, rtol):
 def test_momentum_in_other_dtypes(mu_dtype, new_dtype):
     params, old, new = make_params(), steady(mu_dtype), steady(new_dtype)
     _, state = train(old, old.init(params), params, range(5))
-    converted = convert_state(state, params, old=old, new=new)
+    converted = convert(state, params, old, new)
     chex.assert_trees_all_equal_shapes_and_dtypes(converted, new.init(params))
     assert (converted[0].count, converted[-1].count) == (5, 5)
     chex.assert_trees_all_equal(converted[0]._replace(mu=0), state[0]._replace(mu=0))
@@ -126,7 +130,7 @@ def test_other_rules(rule, new_rule, mu_dtype):
     params = make_params()
     old, new = (steady(mu_dtype, factoring=r) for r in (rule, new_rule))
     state, from_start = (after_50_steps(r, mu_dtype) for r in (rule, new_rule))
-    converted = convert_state(state, params, old=old, new=new)
+    converted = convert(state, params, old, new)
     assert jax.tree.map(jnp.shape, converted) == jax.tree.map(jnp.shape, from_start)
     for name in ("v_row", "v_col", "v", "s_row", "s_col"):
         for leaf in params:
@@ -198,8 +202,7 @@ def test_adam(adam, mu_dtype, rule):
     """After it has averaged for long enough, CAME goes where Adam would have gone."""
     params, old, new = make_params(), ADAMS[adam](), steady(mu_dtype, factoring=rule)
     _, state = train(old, old.init(params), params, range(100))
-    convert = jax.jit(lambda s, p: convert_state(s, p, old=old, new=new))
-    converted = convert(state, params)
+    converted = convert(state, params, old, new)
     assert (converted[0].count, converted[-1].count) == (10**7, 100)
     expected, _ = train(old, state, params, range(100, 101))
     updates, _ = train(new, converted, params, range(100, 101))

@@ -191,6 +191,7 @@ def test_a_stack_is_its_layers(mu_dtype):
     jax.__version_info__ < (0, 10),
     reason="the XLA of jax 0.8.1 takes 48 KiB more than the bound",
 )
+@pytest.mark.slow
 def test_temporaries_of_codes_are_one_leaf():
     """What passes share of coded momentum is one array, for one leaf after the other.
 

@@ -16,8 +16,9 @@ from tests.examples.launching import ROOT, environment
 
 SCRIPT = ROOT / "examples" / "pretrain_gpt2.py"
 ARGUMENTS = [
-    *("--text=text.txt", "--vocab-size=300", "--seq-len=8", "--batch-size=4"),
-    *("--log-every=1", "--eval-every=10", "--eval-batches=1", "--checkpoint-every=20"),
+    *("--text=text.txt", "--size=nano", "--vocab-size=300", "--seq-len=8"),
+    *("--batch-size=4", "--log-every=1", "--eval-every=10", "--eval-batches=1"),
+    "--checkpoint-every=20",
 ]
 
 

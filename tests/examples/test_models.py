@@ -22,6 +22,11 @@ def make(build, config, **others):
     return nnx.jit(lambda: build(config, rngs=nnx.Rngs(0), **others))()
 
 
+@nnx.jit
+def call(model, *inputs):
+    return model(*inputs)
+
+
 @pytest.fixture(scope="module")
 def masked_lm():
     return make(bert.MaskedLM, BERT)
@@ -113,8 +118,8 @@ def test_gpt2_names_are_hugging_face_s_and_no_position_sees_a_later_one():
         *("wte.embedding", "wpe.embedding", "ln_f.scale", "ln_f.bias"),
         *(f"h.{index}.{name}" for index in range(2) for name in layer),
     }
-    logits = nnx.jit(model)(INPUTS_1xL)
-    changed = nnx.jit(model)(INPUTS_1xL.at[0, 5].set(10))
+    logits = call(model, INPUTS_1xL)
+    changed = call(model, INPUTS_1xL.at[0, 5].set(10))
     assert differs(logits, changed) == [False] * 5 + [True] * 3
 
 
@@ -132,8 +137,8 @@ def test_sampling_keeps_the_prompt_and_follows_the_seed():
 def test_bert_predicts_at_positions_what_it_does_at_all(masked_lm):
     tokens_BxL = jnp.arange(14).reshape(2, 7) % 11
     positions_BxK = jnp.array([[0, 6, 3], [5, 5, 1]])
-    logits_BxKxV = nnx.jit(masked_lm)(tokens_BxL, positions_BxK)
-    all_BxLxV = nnx.jit(masked_lm)(tokens_BxL)
+    logits_BxKxV = call(masked_lm, tokens_BxL, positions_BxK)
+    all_BxLxV = call(masked_lm, tokens_BxL)
     expected_BxKxV = all_BxLxV[jnp.arange(2)[:, None], positions_BxK]
     chex.assert_trees_all_close(logits_BxKxV, expected_BxKxV, atol=1e-6)
 
@@ -158,17 +163,16 @@ def test_dropout_acts_with_rngs_alone():
     first, other = map(jax.random.key, (0, 1))
     assert not np.allclose(encode(model, first), encode(model, other))
     chex.assert_trees_all_equal(encode(model, first), encode(model, first))
-    without = nnx.jit(lambda model: model(INPUTS_1xL))
-    chex.assert_trees_all_equal(without(model), without(model))
+    chex.assert_trees_all_equal(call(model, INPUTS_1xL), call(model, INPUTS_1xL))
 
 
 def test_t5_targets_see_all_inputs_and_no_later_target(text_to_text):
-    logits = nnx.jit(text_to_text)(INPUTS_1xL, TARGETS_1xM)
-    changed = nnx.jit(text_to_text)(INPUTS_1xL, TARGETS_1xM.at[0, 3].set(10))
+    logits = call(text_to_text, INPUTS_1xL, TARGETS_1xM)
+    changed = call(text_to_text, INPUTS_1xL, TARGETS_1xM.at[0, 3].set(10))
     assert differs(logits, changed) == [False] * 3 + [True] * 3
     for index in 0, 7:
         inputs = INPUTS_1xL.at[0, index].set(10)
-        assert all(differs(logits, nnx.jit(text_to_text)(inputs, TARGETS_1xM)))
+        assert all(differs(logits, call(text_to_text, inputs, TARGETS_1xM)))
     shifted = text_to_text.decoder_inputs(jnp.array([[5, 6, 7], [8, 9, 1]]))
     assert shifted.tolist() == [[0, 5, 6], [0, 8, 9]]
 
@@ -179,8 +183,8 @@ def test_classifier_pools_what_is_no_padding(pooling):
     model = make(classifier.Classifier, config, classes=3, pooling=pooling)
     tokens = jnp.arange(16).reshape(2, 8) % 11
     mask = jnp.arange(8)[None] < jnp.array([[8], [5]])
-    logits_BxC = nnx.jit(model)(tokens, mask)
-    padded_BxC = nnx.jit(model)(tokens.at[1, 5:].set(10), mask)
+    logits_BxC = call(model, tokens, mask)
+    padded_BxC = call(model, tokens.at[1, 5:].set(10), mask)
     np.testing.assert_array_equal(logits_BxC, padded_BxC)
     hidden_BxLxD = nnx.jit(lambda m: m.bert(tokens, mask_BxL=mask))(model)
     hidden_LxD = np.asarray(hidden_BxLxD)[1, :5]

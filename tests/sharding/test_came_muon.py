@@ -71,7 +71,8 @@ def update_twice(tx, params, placed=(None, None)):
     return updates, state
 
 
-@pytest.mark.parametrize("kind", ["auto", "explicit", "explicit eager"])
+@pytest.mark.slow(but=1)
+@pytest.mark.parametrize("kind", ["explicit", "auto", "explicit eager"])
 def test_a_mesh_gives_the_polar_factors_of_one_device(kind, auto_mesh, explicit_mesh):
     names = FEW if kind == "explicit eager" else LEAVES
     plain, whole = orthogonalize(factoring=RULE), make_leaves(names=names)
@@ -88,6 +89,7 @@ def test_a_mesh_gives_the_polar_factors_of_one_device(kind, auto_mesh, explicit_
     )
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 def test_came_muon_on_a_mesh_is_that_of_one_device(kind, auto_mesh, explicit_mesh):
     options = {"factoring": RULE, "mu_dtype": "float32", "weight_decay": 0.1}
@@ -218,6 +220,7 @@ def nnx_variables(params):
 
 # Haliax itself looks there for a mesh.
 @pytest.mark.filterwarnings("ignore:jax.interpreters.pxla.thread_resources")
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("boxed", [linen_boxes, named_arrays, nnx_variables])
 def test_boxes_make_no_difference(boxed):
     rng = np.random.default_rng(0)
@@ -246,6 +249,7 @@ class Model(nnx.Module):
         return self.head(nnx.relu(self.up(self.embed(tokens))))
 
 
+@pytest.mark.slow
 def test_nnx_optimizer():
     model = Model(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, came_muon(1e-2), wrt=nnx.Param)

@@ -182,6 +182,7 @@ def test_linen_statistics_are_named_and_placed(auto_mesh, box):
 NARROW = with_master_weights(came(1e-5, bias_correction=True), bits=32)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(nnx, "as_pure"), reason="this Flax has no as_pure")
 def test_nnx_trains_bfloat16_weights(mesh):
     @nnx.jit
