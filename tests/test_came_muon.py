@@ -234,6 +234,7 @@ def test_hidden_matrices_are_orthogonalised_and_the_rest_is_steady_came(
         chex.assert_trees_all_close(updates, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_stack_is_updated_as_its_layers():
     shapes = {"query/kernel": (64, 4, 16), "up/kernel": (64, 96), "norm/scale": (64,)}
     stacked = normal({f"layers/{k}": (3, *shape) for k, shape in shapes.items()})
@@ -273,6 +274,7 @@ def test_injected_hyperparams_give_the_plain_updates(options):
         chex.assert_trees_all_close(updates, same, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_inside_chain_and_partition():
     params, tx = normal(SHAPES), came_muon(1e-2, weight_decay=0.1)
     kept = {"blocks": {"up": params["blocks"]["up"]}}

@@ -64,7 +64,7 @@ def trained(tx, params=PARAMS):
     return state
 
 
-@pytest.mark.slow(but=5)
+@pytest.mark.slow(but=4)
 @pytest.mark.parametrize(
     "round_trip", [orbax_round_trip, flax_round_trip, equinox_round_trip]
 )

@@ -216,8 +216,8 @@ def test_back_to_adam():
     state = adamw.init(params)
     for _ in range(5):
         _, state = adamw.update(params, state, params)
-    there = convert_state(state, params, old=adamw, new=new)
-    back = convert_state(there, params, old=new, new=adamw)
+    there = convert(state, params, adamw, new)
+    back = convert(there, params, new, adamw)
     assert (back[0].count, back[-1].count) == (10**7, 5)
     assert back[0].mu["kernel"].dtype == jnp.bfloat16
     for name, nu in state[0].nu.items():

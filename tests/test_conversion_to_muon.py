@@ -63,7 +63,7 @@ MUON = optax.contrib.muon(
 )
 
 
-@pytest.mark.slow(but=1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new"),
     [

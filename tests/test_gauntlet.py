@@ -157,7 +157,7 @@ def test_sixteen_bits_from_the_first_step(dtype, scale):
     assert jnp.max(largest["vector"]) <= ROOT_24
 
 
-@pytest.mark.slow(but=1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "bound"),
     [
@@ -231,6 +231,7 @@ def test_no_nan_or_infinity_in_an_update(name):
         _, state = update(gradients(step), state, params)
 
 
+@pytest.mark.slow(but=2)
 @pytest.mark.parametrize("bits", [16, 32])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.usefixtures("checks")

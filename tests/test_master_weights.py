@@ -79,7 +79,7 @@ CHAINS = {
 }
 
 
-@pytest.mark.slow(but=1)
+@pytest.mark.slow
 @pytest.mark.parametrize("tx", CHAINS.values(), ids=CHAINS)
 def test_after_1000_steps_32_bits_are_the_float32_run(tx):
     tx, start = compiled_apart(tx), gradients(0, jnp.float32)

@@ -63,6 +63,7 @@ def test_the_kernel_is_factored_and_stored_as_codes(name):
         assert isinstance(optax.tree.get(state, "mu")["kernel"], Codes)
 
 
+@pytest.mark.slow(but=3)
 @every_optimizer
 def test_second_call_compiles_nothing_whatever_extra_args(name, caplog):
     tx, params = OPTIMIZERS[name], make_params()
@@ -136,7 +137,7 @@ def test_vmap_over_an_ensemble_equals_separate_runs(name):
     )
 
 
-@pytest.mark.slow(but=2)
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("wrap", [lambda tx: tx, lambda tx: optax.MultiSteps(tx, 1)])
 @pytest.mark.parametrize("inject", [False, True])
 def test_count_beside_a_schedule_is_that_of_a_named_state(wrap, inject):
@@ -157,7 +158,7 @@ def buffers(tree):
     return [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree)]
 
 
-@pytest.mark.slow(but=4)
+@pytest.mark.slow(but=2)
 @pytest.mark.parametrize("jitted", [True, False], ids=["jitted init", "eager init"])
 @pytest.mark.parametrize("name", [*OPTIMIZERS, "injected"])
 def test_params_and_state_are_donated_whole(name, jitted):

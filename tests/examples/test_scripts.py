@@ -9,7 +9,6 @@ from pathlib import Path
 import jax
 import pytest
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 
 import finetune_classifier
 import pretrain_bert
@@ -37,19 +36,6 @@ SHORT = [
     *("--output=run", "--batch-size=8", "--steps=4", "--log-every=1"),
     *("--eval-every=2", "--checkpoint-every=2"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """A resumed run compiles what the first one did."""
-    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
-    before = [jax.config.values[name] for name in names]
-    for values in [str(tmp_path_factory.mktemp("xla")), 0], before:
-        for name, value in zip(names, values, strict=True):
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is not before:
-            yield
 
 
 @pytest.fixture(autouse=True)

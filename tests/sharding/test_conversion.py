@@ -77,7 +77,8 @@ def test_on_another_mesh():
         np.testing.assert_allclose(x, y, atol=1e-3 * float(y.std()), err_msg=name)
 
 
-@pytest.mark.parametrize("explicit", [False, True], ids=["Auto", "Explicit"])
+@pytest.mark.slow(but=1)
+@pytest.mark.parametrize("explicit", [True, False], ids=["Explicit", "Auto"])
 def test_what_both_have_survives_on_a_mesh(explicit):
     """Whatever its sharding: on an ``Auto`` mesh that isn't set, and under jit."""
     whole = {"embed": jnp.full((96, 8), 0.1), "kernel": jnp.ones((64, 64))}
@@ -121,6 +122,7 @@ def test_flax_boxes():
     assert jax.tree.structure(converted) == jax.tree.structure(new.init(boxed))
 
 
+@pytest.mark.slow
 def test_nnx_optimizer_goes_on():
     """Its state is put back with ``nnx.update``."""
     model = nnx.Linear(64, 96, rngs=nnx.Rngs(0))

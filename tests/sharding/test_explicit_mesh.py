@@ -72,7 +72,7 @@ def types(tree):
     return jax.tree.map(lambda x: str(jax.typeof(x)), tree)
 
 
-@pytest.mark.slow(but=5)
+@pytest.mark.slow(but=3)
 @pytest.mark.parametrize("mu_dtype", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_types_are_stable(explicit_mesh, rule, mu_dtype):

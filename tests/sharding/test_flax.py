@@ -211,7 +211,7 @@ def boxes(dtype=jnp.float32):
 
 
 def check_update(tx, params, state):
-    updates, new_state = tx.update(params, state, params)
+    updates, new_state = jax.jit(tx.update)(params, state, params)
     assert jax.tree.structure(new_state) == jax.tree.structure(state)
     assert jax.tree.structure(updates) == jax.tree.structure(params)
     return new_state
