@@ -19,8 +19,6 @@ The exit code is 1 if a value is wrong or something failed.
 
 import argparse
 import functools
-import json
-import os
 import pathlib
 import signal
 import statistics
@@ -34,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from measuring import output
 from measuring.examples import devices, gpt2, make_gpt2_task, make_init, make_train_step
+from measuring.measurements import Measurements
 from measuring.optimizers import OPTIMIZERS, OURS, Make, plain
 from measuring.updates import BASELINE, Update, number, random_like
 from measuring.zoo import gpt2_shapes
@@ -50,81 +49,6 @@ STEPS = 10  # Whose values are compared.
 # Of the standard deviation of a leaf; and of the codes, as what lies halfway between
 # two may round the other way.
 LARGEST_ERROR, MOST_ROUNDED_OTHERWISE = 1e-4, 1e-3
-COLUMNS = (
-    "error",
-    "rounded otherwise",
-    "update (ms)",
-    "to AdamW",
-    "bytes/parameter",
-    "GB/s",
-    "of a copy's",
-    "state (MB)",
-    "temporaries (MB)",
-    "step (ms)",
-    "tokens/s",
-    "step needs (GB)",
-)
-
-
-class Measurements:
-    """What was measured so far, on disk too.
-
-    Attributes:
-        facts: About the device.
-        rows: By optimizer, of any of `COLUMNS`.
-        failed: What went wrong, in a line each.
-    """
-
-    def __init__(self, folder: pathlib.Path, **facts: Any):
-        self.folder, self.facts = folder, facts
-        self.rows: dict[str, dict[str, Any]] = {}
-        self.failed: list[str] = []
-        folder.mkdir(parents=True, exist_ok=True)
-        self._began = time.monotonic()
-
-    def add(self, optimizer: str, **measured: Any) -> None:
-        """Adds to an optimizer's row, prints it, and writes all."""
-        row = self.rows.setdefault(optimizer, {})
-        row.update(measured)
-        if "update (ms)" in self.rows.get(BASELINE, {}):
-            for other in self.rows.values():
-                if "update (ms)" in other:
-                    base = self.rows[BASELINE]["update (ms)"]
-                    other["to AdamW"] = round(other["update (ms)"] / base, 3)
-        self.write(optimizer, measured)
-
-    def fail(self, what: str, error: object) -> None:
-        """Adds a failure, in a line of bounded length."""
-        self.failed.append(f"{what}: {' '.join(str(error).split())[:300]}")
-        self.write("failed", self.failed[-1])
-
-    def write(self, *news: object) -> None:
-        """Prints the news, and writes both files."""
-        print(f"[{time.monotonic() - self._began:5.0f} s]", *news, flush=True)
-        rows = [{"optimizer": name} | row for name, row in self.rows.items()]
-        everything = self.facts | {"failed": self.failed, "rows": rows}
-        _replace(self.folder / "accelerator.json", json.dumps(everything, indent=1))
-        _replace(self.folder / "accelerator.md", self.table())
-
-    def table(self) -> str:
-        """Returns the device and all rows, in Markdown."""
-        columns = [c for c in COLUMNS if any(c in row for row in self.rows.values())]
-        device = self.facts["device"]
-        lines = [f"{device}; a copy moves {self.facts.get('copy GB/s', '?')} GB/s."]
-        if self.rows:
-            cells = [
-                {device: name} | {c: row.get(c, "") for c in columns}
-                for name, row in self.rows.items()
-            ]
-            lines += ["", output.table(cells)]
-        return "\n".join([*lines, *(f"\nFailed: {line}" for line in self.failed)])
-
-
-def _replace(path: pathlib.Path, text: str) -> None:
-    """Writes a file that is whole whenever the process ends."""
-    new = path.with_suffix(".new")
-    new.write_text(text + "\n", encoding="utf-8")
-    os.replace(new, path)
 
 
 def seconds_of(call: Callable[[], Any]) -> float:

@@ -104,11 +104,9 @@ class Trainer:
         sharding.check_batch_size(training.batch_size, training.accumulate, self.mesh)
         pipeline.check_lengths(task)
         self.schedule = make_schedule(optimizer, training.steps)
+        shardings = params_sharding(task, self.mesh)
         self.tx = make_optimizer(
-            optimizer,
-            self.schedule,
-            training.param_dtype,
-            params_sharding(task, self.mesh),
+            optimizer, self.schedule, training.param_dtype, shardings
         )
         self.train_step = make_train_step(
             task, self.tx, training.accumulate, training.seed, self.mesh
@@ -143,10 +141,9 @@ class Trainer:
                 f"{self.folder}: this run began on other data"
                 + (self._changed(about, of_data) or "; the text has changed since")
             )
+        shapes = state_shapes(self.task, self.tx, self.mesh)
         try:
-            state = self.checkpoints.restore(
-                state_shapes(self.task, self.tx, self.mesh)
-            )
+            state = self.checkpoints.restore(shapes)
         except OtherState as error:
             raise UserError(f"{error}{self._changed(about, of_state)}") from error
         if (done := int(state.step)) > self.training.steps:
@@ -261,14 +258,12 @@ class Trainer:
     def _conclude(self, seconds: float, means: Mapping[str, float]) -> metrics.Result:
         rows = metrics.read(self.folder)
         losses = [row["loss"] for row in rows if "loss" in row]
-        memory, batch = (
-            state_memory(self.tx, self.state.params),
-            self.training.batch_size,
-        )
+        memory = state_memory(self.tx, self.state.params)
+        updates, batch = self.training.steps, self.training.batch_size
         result = metrics.Result(
             optimizer=self.optimizer.optimizer,
-            steps=self.training.steps,
-            tokens=self.training.steps * batch * self.task.tokens_per_record,
+            steps=updates,
+            tokens=updates * batch * self.task.tokens_per_record,
             seconds=seconds,
             loss=float(np.mean(losses[-10:])) if losses else None,
             validation=means,
@@ -279,12 +274,11 @@ class Trainer:
         )
         text = json.dumps(dataclasses.asdict(result), indent=2) + "\n"
         self._summary.write_text(text, encoding="utf-8")
-        metrics.plot_curve(
-            self.folder / "curve.png",
+        title, curve = (
             f"{self.task.name}, {result.optimizer}",
-            rows,
-            self.task.references,
+            self.folder / "curve.png",
         )
+        metrics.plot_curve(curve, title, rows, self.task.references)
         return result
 
 
@@ -292,10 +286,8 @@ def _nothing(step: int, **metrics: float) -> None:
     """Writes in the other processes."""
 
 
-def _finite_floats(
-    step_metrics: Mapping[str, jax.Array], step: int
-) -> dict[str, float]:
-    values = {name: float(value) for name, value in step_metrics.items()}
+def _finite_floats(found: Mapping[str, jax.Array], step: int) -> dict[str, float]:
+    values = {name: float(value) for name, value in found.items()}
     for name in ("loss", "gradient_norm"):
         if not math.isfinite(values[name]):
             raise Diverged(

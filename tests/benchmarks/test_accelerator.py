@@ -6,6 +6,7 @@ import accelerator
 import jax
 import numpy as np
 import pytest
+from measuring.measurements import COLUMNS, Measurements
 
 from came_optax import _schedules as schedules
 
@@ -15,7 +16,7 @@ def found(monkeypatch, tmp_path):
     monkeypatch.setattr(accelerator, "ROUNDS", 2)
     monkeypatch.setattr(accelerator, "STEPS", 3)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield accelerator.Measurements(tmp_path, device="cpu")
+        yield Measurements(tmp_path, device="cpu")
 
 
 def test_all_is_measured_and_written(found):
@@ -34,7 +35,7 @@ def test_all_is_measured_and_written(found):
         ours["update (ms)"] / adamw["update (ms)"], abs=1e-3
     )
     assert adamw["bytes/parameter"] == 40
-    assert set(accelerator.COLUMNS) <= ours.keys() | adamw.keys()
+    assert set(COLUMNS) <= ours.keys() | adamw.keys()
     assert written["failed"] == ["update of Muon: no memory"]
     table = (found.folder / "accelerator.md").read_text()
     assert f"a copy moves {written['copy GB/s']} GB/s" in table
