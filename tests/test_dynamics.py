@@ -91,31 +91,6 @@ def test_step_size_on_noise_decays_as_if_scheduled():
     np.testing.assert_allclose(measured[[0, 9, 99, 999, 2999]], published, rtol=0.05)
 
 
-def test_bias_correction_keeps_the_step_size_on_noise():
-    steps = 1000
-    tx = scale_by_came(bias_correction=True)
-    measured = rms(updates_over_time(tx, noise(steps)))
-    t = np.arange(1, steps + 1)
-    m_sq = momentum_square(t, 0.9) / (1 - 0.9**t) ** 2
-    s = instability(steps, 0.9, 0.9999) / (1 - 0.9999**t)
-    np.testing.assert_allclose(measured, np.sqrt(m_sq / s), rtol=0.08)
-    np.testing.assert_allclose(measured[100:], 0.25, rtol=0.1)
-
-
-@pytest.mark.parametrize("betas", BETAS)
-def test_bias_corrected_first_step(betas):
-    """m̂ = u and ŝ = (β1 u)²: 1/β1 instead of (1 − β1)/(β1 √(1 − β3))."""
-    b1, b2, b3 = betas
-    g = {"matrix": rank_one(), "vector": rank_one()[0]}
-    tx = scale_by_came(b1, b2, b3, bias_correction=True)
-    updates, state = tx.update(g, tx.init(g))
-    expected = {"matrix": np.sign(g["matrix"]) / b1, "vector": np.sign(g["vector"])}
-    chex.assert_trees_all_close(updates, expected, rtol=1e-5)
-    # With the corrected m the residual would be 0.
-    s_row = optax.tree.get(state, "s_row")["matrix"]
-    np.testing.assert_allclose(s_row, np.full(6, (1 - b3) * b1**2), rtol=3e-4)
-
-
 @pytest.mark.parametrize(
     ("half", "factor"),
     [
