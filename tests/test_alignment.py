@@ -42,7 +42,7 @@ inject = optax.inject_hyperparams
 PARTED = {"a": steady_came(SCHEDULE), "b": came(SCHEDULE)}
 
 
-@pytest.mark.slow(but=2)
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize(
     ("old", "new"),
     [

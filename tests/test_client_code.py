@@ -141,7 +141,7 @@ def test_easylm_shards_its_train_state_by_rules_for_parameters():
     falls(step_of_train_state, state)
 
 
-@pytest.mark.slow(but=2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "make"),
     [*OPTIMIZERS.items()]

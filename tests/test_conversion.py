@@ -115,7 +115,7 @@ def after_50_steps(rule, mu_dtype):
     return train(tx, tx.init(params), params, range(50))[1]
 
 
-@pytest.mark.slow(but=1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "new_rule", "mu_dtype"),
     [
@@ -229,7 +229,7 @@ def test_back_to_adam():
 EMA = optax.ema(0.9, debias=False)
 
 
-@pytest.mark.slow(but=2)
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize(
     ("old", "new"),
     [

@@ -183,6 +183,7 @@ def test_wrappers_around(name):
     assert min(jax.tree.leaves(moved)) > 1e-3
 
 
+@pytest.mark.slow
 def test_gradients_accumulated_inside_are_in_float32():
     """256 times 1 and once 1: in bfloat16 the last is lost."""
     ones = {"w": jnp.ones(1, jnp.bfloat16)}
@@ -193,6 +194,7 @@ def test_gradients_accumulated_inside_are_in_float32():
     np.testing.assert_array_equal(master_weights(params, state)["w"], 1.0 - 257.0)
 
 
+@pytest.mark.slow
 def test_a_job_moves_to_another_optimizer_with_its_weights():
     params = {"w": jnp.full((64, 64), 0.3, jnp.bfloat16)}
     old, new = (with_master_weights(tx) for tx in (optax.adamw(1e-3), came(1e-3)))

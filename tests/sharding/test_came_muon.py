@@ -89,7 +89,7 @@ def test_a_mesh_gives_the_polar_factors_of_one_device(kind, auto_mesh, explicit_
     )
 
 
-@pytest.mark.slow(but=1)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 def test_came_muon_on_a_mesh_is_that_of_one_device(kind, auto_mesh, explicit_mesh):
     options = {"factoring": RULE, "mu_dtype": "float32", "weight_decay": 0.1}
@@ -137,6 +137,7 @@ def test_inside_shard_map_matrices_are_local(auto_mesh):
 LAYER = {"q": (32, 32), "o": (32, 32), "up": (32, 64), "down": (64, 32)}
 
 
+@pytest.mark.slow(but=2)
 @pytest.mark.parametrize(
     ("sizes", "spec_of", "exchanges"),
     [
@@ -182,6 +183,7 @@ def test_exchanges_do_not_grow_with_the_layers(
     assert received <= 2 * len(sizes) * max(whole, 8 / layers * whole) / 8
 
 
+@pytest.mark.slow
 def test_small_matrices_take_places_that_larger_ones_leave(auto_mesh):
     shardings = NamedSharding(auto_mesh(fsdp=8), P("fsdp"))
     tx = orthogonalize(params_sharding=shardings)
@@ -220,7 +222,7 @@ def nnx_variables(params):
 
 # Haliax itself looks there for a mesh.
 @pytest.mark.filterwarnings("ignore:jax.interpreters.pxla.thread_resources")
-@pytest.mark.slow(but=1)
+@pytest.mark.slow
 @pytest.mark.parametrize("boxed", [linen_boxes, named_arrays, nnx_variables])
 def test_boxes_make_no_difference(boxed):
     rng = np.random.default_rng(0)

@@ -103,10 +103,11 @@ def test_compiled_and_eager_arrays_have_those_types(explicit_mesh, jit):
         assert x.sharding.is_equivalent_to(y, x.ndim)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mu_dtype", "rule"),
     [
-        pytest.param("int8", LastTwoAxes(), marks=pytest.mark.slow),
+        ("int8", LastTwoAxes()),
         ("int4", Stacked(BalancedSplit(), **STACKED)),
     ],
     ids=["int8", "int4-stacked"],
