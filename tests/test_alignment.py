@@ -70,6 +70,21 @@ def test_counts_are_each_transformations_own(old, new):
     assert state[1][-1].count == 2  # Of apply_every.
 
 
+def test_a_plateaus_own_count_goes_on():
+    """It counts otherwise than schedules do, from 0 to its accumulation size."""
+    plateau = optax.contrib.reduce_on_plateau
+    old, new = (
+        optax.chain(tx, plateau(patience=2, accumulation_size=3))
+        for tx in (optax.adamw(SCHEDULE), steady_came(SCHEDULE, mu_dtype="int8"))
+    )
+    state = old.init(PARAMS)
+    for value in 1.0, 1.0, 1.0, 1.0, 0.9:
+        _, state = old.update(PARAMS, state, PARAMS, value=value)
+    converted = convert_state(state, PARAMS, old=old, new=new)
+    assert converted[-1].count == state[-1].count == 2
+    jax.tree.map(np.testing.assert_array_equal, converted[-1], state[-1])
+
+
 def test_two_of_a_kind_stay_two():
     old, new = (
         optax.chain(optax.trace(0.5), tx, optax.trace(0.9))

@@ -288,18 +288,3 @@ def test_a_resized_parameter_is_named_as_such():
         tx.update(large, state, large)
     with pytest.raises(ValueError, match=message):
         convert_state(state, large, old=tx, new=came(1e-3, mu_dtype="int8"))
-
-
-def test_a_plateaus_own_count_goes_on():
-    """It counts otherwise than schedules do, from 0 to its accumulation size."""
-    params, plateau = make_params(), optax.contrib.reduce_on_plateau
-    old, new = (
-        optax.chain(tx, plateau(patience=2, accumulation_size=3))
-        for tx in (optax.adamw(SCHEDULE), steady("int8"))
-    )
-    state = old.init(params)
-    for value in 1.0, 1.0, 1.0, 1.0, 0.9:
-        _, state = old.update(params, state, params, value=value)
-    converted = convert_state(state, params, old=old, new=new)
-    assert converted[-1].count == state[-1].count == 2
-    chex.assert_trees_all_equal(converted[-1], state[-1])
