@@ -164,6 +164,7 @@ def test_steady_came_in_a_constant_gradient_stays_bounded(options, bound):
     np.testing.assert_allclose(step_size[-1], bound, rtol=1e-3)
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize(("rows", "hit"), [(16, 1e-3), (256, 1e3)])
 def test_one_hit_on_a_silent_row(rows, hit):
     """It moves by 109 learning rates in all, whatever its size.

@@ -152,16 +152,16 @@ def test_other_leaves_are_the_optimizers():
 
 
 AROUND = {
+    "chain": lambda tx: optax.chain(optax.clip(10.0), tx),
     "MultiSteps": lambda tx: optax.MultiSteps(tx, 4).gradient_transformation(),
     "masked": lambda tx: optax.masked(tx, EVERYWHERE),
-    "chain": lambda tx: optax.chain(optax.clip(10.0), tx),
     "injected": lambda tx: optax.inject_hyperparams(
         lambda b1: optax.chain(optax.clip(b1), tx)
     )(b1=10.0),
 }
 
 
-@pytest.mark.slow(but=2)
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("name", AROUND)
 def test_wrappers_around(name):
     if name == "MultiSteps" and optax.__version__ == "0.2.7":

@@ -138,7 +138,7 @@ def test_values(platform, options, mu_dtype):
         assert share_of_far(found, expected, 1e-5) < 1e-2
 
 
-@pytest.mark.slow(but=1)
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.complex64, np.float64, np.complex128])
 @pytest.mark.parametrize("platform", SCHEDULES)
 def test_complex_and_double(platform, dtype):
@@ -203,7 +203,7 @@ WRONG = {
 }
 
 
-@pytest.mark.slow(but=1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("platform", "term"),
     [(p, i) for p, terms in WRONG.items() for i in range(len(terms))],
