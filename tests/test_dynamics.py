@@ -70,7 +70,7 @@ def test_first_step(betas, scale, clip):
     """u = ±d: m = (1 − β1) d, u − m = β1 d, and d cancels in a matrix's step."""
     b1, b2, b3 = betas
     g = {"matrix": rank_one(scale), "vector": rank_one(scale)[0]}
-    tx = came(1.0, b1, b2, b3, clipping_threshold=clip)
+    tx = came(1.0, b1, b2, b3=b3, clipping_threshold=clip)
     updates, _ = tx.update(g, tx.init(g))
     step = (1 - b1) / (b1 * np.sqrt(1 - b3))
     sign = jax.tree.map(lambda g: np.sign(g).astype(np.float32), g)

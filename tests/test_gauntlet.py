@@ -170,7 +170,8 @@ def test_sixteen_bits_from_the_first_step(dtype, scale):
 def test_no_drift_in_100_000_steps(kind, bound):
     """Statistics against the same run in float64, relative."""
     # Numbers that float32 holds, as both runs have to have the same.
-    tx = scale_by_came(*(float(np.float32(b)) for b in (0.9, 0.999, 0.9999)))
+    b1, b2, b3 = (float(np.float32(b)) for b in (0.9, 0.999, 0.9999))
+    tx = scale_by_came(b1, b2, b3=b3)
 
     def step(state, t):
         g = jnp.ones(SHAPE, jnp.float32)

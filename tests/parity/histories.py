@@ -115,7 +115,13 @@ def training(came, hyperparameters):
         return jnp.asarray(LEARNING_RATES)[count]
 
     betas, eps, clip = hyperparameters
-    tx = came(learning_rate, *betas, *eps, clip, WEIGHT_DECAY)
+    tx = came(
+        learning_rate,
+        **dict(zip(("b1", "b2", "b3"), betas, strict=True)),
+        **dict(zip(("eps1", "eps2"), eps, strict=True)),
+        clipping_threshold=clip,
+        weight_decay=WEIGHT_DECAY,
+    )
 
     def step(carry, grads):
         params, state = carry
