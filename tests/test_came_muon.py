@@ -22,19 +22,7 @@ from came_optax import (
     state_memory,
     steady_came,
 )
-
-
-def normal(shapes, seed=0, dtype=jnp.float32):
-    """Random arrays of the shapes in a dict, nested as their paths say."""
-    rng, tree = np.random.default_rng(seed), {}
-    for path, shape in shapes.items():
-        *modules, leaf = path.split("/")
-        node = tree
-        for module in modules:
-            node = node.setdefault(module, {})
-        node[leaf] = jnp.asarray(rng.normal(size=shape), dtype)
-    return tree
-
+from tests.draws import normal_tree
 
 SHAPES = {
     "wte/embedding": (96, 64),
@@ -122,7 +110,7 @@ def test_by_default_the_rule_tells():
     rest |= {"layers/norm/scale": (3, 8), "layers/b": (3, 8), "table": (8, 8)}
     rest |= {"q_norm/scale": (4, 8), "key_norm/scale": (4, 8)}
     tx = came_muon(1e-2, factoring=ByPath(rule, default=BalancedSplit()))
-    assert hidden_leaves(tx, normal(hidden | rest)) == hidden.keys()
+    assert hidden_leaves(tx, normal_tree(hidden | rest)) == hidden.keys()
 
 
 @pytest.mark.parametrize(
@@ -137,7 +125,7 @@ def test_by_default_the_rule_tells():
 )
 def test_stacks_that_the_rule_does_not_know_are_refused(shapes, rule, leaf):
     with pytest.raises(ValueError, match=rf"leaf '{leaf}' .* seems to hold"):
-        came_muon(1e-2, factoring=rule).init(normal(shapes))
+        came_muon(1e-2, factoring=rule).init(normal_tree(shapes))
 
 
 MASK = {
@@ -157,7 +145,7 @@ MASK = {
 )
 def test_hidden_leaves_can_be_named(hidden):
     tx = came_muon(1e-2, hidden=hidden)
-    assert hidden_leaves(tx, normal(SHAPES)) == HIDDEN
+    assert hidden_leaves(tx, normal_tree(SHAPES)) == HIDDEN
 
 
 @pytest.mark.parametrize(
@@ -179,7 +167,7 @@ def test_hidden_leaves_can_be_named(hidden):
 )
 def test_what_cannot_be_meant_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        came_muon(1e-2, **options).init(normal(SHAPES))
+        came_muon(1e-2, **options).init(normal_tree(SHAPES))
 
 
 def test_no_parameters_are_no_error():
@@ -188,14 +176,14 @@ def test_no_parameters_are_no_error():
 
 
 def test_the_choice_is_in_the_table_of_leaves():
-    memory = state_memory(came_muon(1e-2), normal(SHAPES))
+    memory = state_memory(came_muon(1e-2), normal_tree(SHAPES))
     chosen = {leaf for leaf, group in memory.groups.items() if group == "hidden"}
     assert chosen == HIDDEN
     assert memory.groups.keys() == SHAPES.keys()
     table = memory.by_leaf_table()
     assert re.search(r"blocks/query/kernel +hidden +64×4×16 +64 +4×16 ", table)
     assert re.search(r"wte/embedding +rest +96×64 ", table)
-    unlabelled = state_memory(steady_came(1e-2), normal(SHAPES)).by_leaf_table()
+    unlabelled = state_memory(steady_came(1e-2), normal_tree(SHAPES)).by_leaf_table()
     assert "group" not in unlabelled
 
 
@@ -206,7 +194,7 @@ def test_the_choice_is_in_the_table_of_leaves():
 def test_hidden_matrices_are_orthogonalised_and_the_rest_is_steady_came(
     scheduled, mu_dtype
 ):
-    params = normal(SHAPES)
+    params = normal_tree(SHAPES)
     mask = jax.tree.map(lambda p: p.ndim > 1, params)
     options = {"factoring": BalancedSplit(2), "mu_dtype": mu_dtype}
     decay = {"weight_decay": 0.1, "weight_decay_mask": mask}
@@ -237,7 +225,7 @@ def test_hidden_matrices_are_orthogonalised_and_the_rest_is_steady_came(
 @pytest.mark.slow
 def test_a_stack_is_updated_as_its_layers():
     shapes = {"query/kernel": (64, 4, 16), "up/kernel": (64, 96), "norm/scale": (64,)}
-    stacked = normal({f"layers/{k}": (3, *shape) for k, shape in shapes.items()})
+    stacked = normal_tree({f"layers/{k}": (3, *shape) for k, shape in shapes.items()})
     layers = [jax.tree.map(lambda x, i=i: x[i], stacked["layers"]) for i in range(3)]
     tx, of_stack = came_muon(1e-2), came_muon(1e-2, factoring=Stacked(BalancedSplit()))
     updates, _ = jax.jit(tx.update)(layers, tx.init(layers), layers)
@@ -249,7 +237,7 @@ def test_a_stack_is_updated_as_its_layers():
 
 
 def test_updates_have_the_dtype_of_the_parameters():
-    params = normal(SHAPES, dtype=jnp.bfloat16)
+    params = normal_tree(SHAPES, dtype=jnp.bfloat16)
     tx = came_muon(1e-2, weight_decay=0.1)
     state = jax.eval_shape(tx.init, params)
     updates, _ = jax.eval_shape(tx.update, params, state, params)
@@ -265,7 +253,7 @@ OTHERS = {"ns_coeffs": "polar_express", "factoring": LastTwoAxes(), "hidden": "k
     [{}, {"weight_decay": 0.1, "mu_dtype": None, "consistent_rms": None, **OTHERS}],
 )
 def test_injected_hyperparams_give_the_plain_updates(options):
-    params = normal(SHAPES)
+    params = normal_tree(SHAPES)
     makes = came_muon, optax.inject_hyperparams(came_muon)
     for updates, same in zip(
         *(steps(make(learning_rate=1e-2, **options), params) for make in makes),
@@ -276,7 +264,7 @@ def test_injected_hyperparams_give_the_plain_updates(options):
 
 @pytest.mark.slow
 def test_inside_chain_and_partition():
-    params, tx = normal(SHAPES), came_muon(1e-2, weight_decay=0.1)
+    params, tx = normal_tree(SHAPES), came_muon(1e-2, weight_decay=0.1)
     kept = {"blocks": {"up": params["blocks"]["up"]}}
     expected, _ = jax.jit(tx.update)(kept, tx.init(kept), kept)
     labels = {"query": "frozen", "up": "ours", "ln_1": "frozen"}

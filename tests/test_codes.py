@@ -15,25 +15,14 @@ from came_optax import (
     FactoredAxes,
     _codes,
 )
+from tests.draws import normal
 
 # The largest distance between neighbouring codes, which is 3/2 of the mean one.
 LARGEST_ERROR = {"int8": 1.5 / 127, "int4": 1.5 / 7}
-
-
 BITS = {"int8": 8, "int4": 4}
-
-
 EXAMPLES = hypothesis.settings.default.max_examples
-
-
 quantized = pytest.mark.parametrize("mu_dtype", LARGEST_ERROR)
-
-
 SHAPES = [(4096,), (5001,), (64, 64), (67, 65), (1031, 6)]
-
-
-def normal(shape, dtype=jnp.float32, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
 @functools.partial(jax.jit, static_argnums=1)

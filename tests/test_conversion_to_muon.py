@@ -13,19 +13,7 @@ from came_optax import (
     came_muon,
     convert_state,
 )
-
-
-def normal(shapes, seed=0, dtype=jnp.float32):
-    """Random arrays of the shapes in a dict, nested as their paths say."""
-    rng, tree = np.random.default_rng(seed), {}
-    for path, shape in shapes.items():
-        *modules, leaf = path.split("/")
-        node = tree
-        for module in modules:
-            node = node.setdefault(module, {})
-        node[leaf] = jnp.asarray(rng.normal(size=shape), dtype)
-    return tree
-
+from tests.draws import normal_tree
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 64, (40, 64)))
 
@@ -77,7 +65,7 @@ MUON = optax.contrib.muon(
 )
 def test_a_running_job_goes_on_with_another_state(old, new):
     shapes = {"embed": (64, 64), "up/kernel": (64, 72), "down/kernel": (72, 64)}
-    params = jax.tree.map(lambda p: 0.1 * p, normal({**shapes, "head": (64, 64)}))
+    params = jax.tree.map(lambda p: 0.1 * p, normal_tree({**shapes, "head": (64, 64)}))
     with jax.numpy_dtype_promotion("standard"):
         params, state, before = trained(old, params, old.init(params), range(20))
         convert = jax.jit(functools.partial(convert_state, old=old, new=new))
@@ -90,7 +78,10 @@ def test_a_running_job_goes_on_with_another_state(old, new):
 
 
 def test_converted_momentum_has_muons_direction():
-    params, new = normal({"up": (64, 72), "b": (64,)}), came_muon(1e-2, mu_dtype=None)
+    params, new = (
+        normal_tree({"up": (64, 72), "b": (64,)}),
+        came_muon(1e-2, mu_dtype=None),
+    )
     with jax.numpy_dtype_promotion("standard"):
         state = jax.jit(MUON.update)(params, MUON.init(params), params)[1]
         converted = convert_state(state, params, old=MUON, new=new)

@@ -3,7 +3,6 @@
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 
@@ -11,10 +10,7 @@ from came_optax import (
     Codes,
     quantized_ema,
 )
-
-
-def normal(shape, dtype=jnp.float32, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+from tests.draws import normal
 
 
 def ema_gradients(step):

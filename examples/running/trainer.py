@@ -259,11 +259,11 @@ class Trainer:
         rows = metrics.read(self.folder)
         losses = [row["loss"] for row in rows if "loss" in row]
         memory = state_memory(self.tx, self.state.params)
-        updates, batch = self.training.steps, self.training.batch_size
+        steps, batch = self.training.steps, self.training.batch_size
         result = metrics.Result(
             optimizer=self.optimizer.optimizer,
-            steps=updates,
-            tokens=updates * batch * self.task.tokens_per_record,
+            steps=steps,
+            tokens=steps * batch * self.task.tokens_per_record,
             seconds=seconds,
             loss=float(np.mean(losses[-10:])) if losses else None,
             validation=means,
@@ -274,11 +274,12 @@ class Trainer:
         )
         text = json.dumps(dataclasses.asdict(result), indent=2) + "\n"
         self._summary.write_text(text, encoding="utf-8")
-        title, curve = (
-            f"{self.task.name}, {result.optimizer}",
+        metrics.plot_curve(
             self.folder / "curve.png",
+            f"{self.task.name}, {result.optimizer}",
+            rows,
+            self.task.references,
         )
-        metrics.plot_curve(curve, title, rows, self.task.references)
         return result
 
 
