@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 from measuring import output
-from measuring.optimizers import OPTIMIZERS
+from measuring.optimizers import OPTIMIZERS, ORTHOGONALIZING
 from measuring.updates import (
     BASELINE,
     Update,
@@ -96,8 +96,8 @@ def main() -> None:
     if importlib.util.find_spec("came_pytorch"):
         contestants["PyTorch AdamW (fused)"] = TorchUpdate("AdamW", grads)
         contestants["PyTorch CAME"] = TorchUpdate("CAME", grads)
-    # Muon's products take a hundred times as long, and leave the caches cold.
-    slow = [name for name in contestants if name == BASELINE or "uon" in name]
+    # Beside the others they would leave the caches cold.
+    slow = [name for name in contestants if name in (BASELINE, *ORTHOGONALIZING)]
     seconds = time_in_turn({k: contestants[k] for k in slow}, min(args.rounds, 3))
     slow_ratios = {name: ratios(seconds, name) for name in slow}
     others = [name for name in contestants if name == BASELINE or name not in slow]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,34 +13,16 @@ from jax.typing import ArrayLike, DTypeLike
 from came_optax._algorithm import Hyperparameters
 from came_optax._boxes import unbox
 from came_optax._came import steady_came
-from came_optax._checks import check_mask, check_scalar, check_state
-from came_optax._factored_axes import FactoredAxes, FactoringRule, checked_axes
+from came_optax._checks import check_scalar, check_state
+from came_optax._factored_axes import FactoringRule
 from came_optax._factoring import BalancedSplit, check_regex
+from came_optax._hidden import hidden_leaves
 from came_optax._momentum import MuDtype
 from came_optax._orthogonalize import orthogonalize
-from came_optax._paths import KeyPath, path_name
 from came_optax._scale_by_came import came_transform
 from came_optax._transformation import transformation
 from came_optax._unmatched import warn_of_unmatched
 from came_optax._weight_decay import add_decayed_weights
-
-# What Flax, Haiku, Equinox, MaxText, Levanter and Hugging Face call embeddings,
-# positions, heads, and the vectors of norms and biases.
-_NOT_HIDDEN = re.compile(
-    r"""embed|wte|wpe|vocab
-    |(^|[/_])(abs|rel)?pos(ition|emb|enc|[/_]|$)
-    |(?<!multi)(?<!multi_)head(_\d+)?(/|$)|logit|classifi|(^|/)(predictions|score)(/|$)
-    |(^|/)pe(/|$)
-    |norm|(^|[/_])rms|(^|/)ln(_\w+|\d+)?(/|$)
-    |(^|[/_])(scale|bias|gamma|beta|offset|token)s?(_\d+)?$
-    |(^|/)b(_\w+|\d+)?$""",
-    re.VERBOSE | re.IGNORECASE,
-)
-# Several of them in one leaf are a stack, unless they are the norms of some heads.
-_NORM = re.compile(
-    r"(?<![qk]_)(?<![qk])(?<!query_)(?<!key_)norm|(^|[/_])rms|(^|/)ln(_\w+|\d+)?/", re.I
-)
-_EXPERTS = re.compile(r"expert|(^|[/_])moe", re.IGNORECASE)
 
 
 def came_muon(
@@ -204,7 +185,7 @@ def came_muon(
     )
 
     def label(params: optax.Params) -> Any:
-        chosen = _hidden(unbox(params), hidden, factoring)
+        chosen = hidden_leaves(unbox(params), hidden, factoring)
         return jax.tree.map(lambda is_hidden: "hidden" if is_hidden else "rest", chosen)
 
     tx = optax.partition({"hidden": matrices, "rest": rest}, label)
@@ -229,58 +210,3 @@ def _scaled(learning_rate: Any, scale: Any) -> Any:
     if callable(learning_rate):
         return lambda count: scale * learning_rate(count)
     return scale * learning_rate
-
-
-def _hidden(params: Any, hidden: Any, factoring: FactoringRule) -> Any:
-    """Returns a tree of bools that says which leaves are hidden matrices."""
-    if hidden is None:
-        mask = jax.tree.map_with_path(
-            lambda path, p: _is_hidden_by_name(path, p.shape, factoring), params
-        )
-    elif isinstance(hidden, str):
-        mask = jax.tree.map_with_path(
-            lambda path, _: bool(re.search(hidden, path_name(path))), params
-        )
-    else:
-        mask = hidden(params) if callable(hidden) else hidden
-        check_mask("hidden", mask, params)
-        mask = jax.tree.broadcast(unbox(mask), params)
-    if jax.tree.leaves(params) and not any(jax.tree.leaves(mask)):
-        names = [path_name(path) for path, _ in jax.tree.leaves_with_path(params)]
-        raise ValueError(f"hidden={hidden!r} names none of the leaves {names}")
-
-    def check(path: KeyPath, is_hidden: Any, p: Any) -> None:
-        if is_hidden and not _axes(path, p.shape, factoring).factored:
-            raise ValueError(
-                f"hidden={hidden!r} names leaf {path_name(path)!r} of shape {p.shape}, "
-                f"which is no matrix to {factoring!r}"
-            )
-
-    jax.tree.map_with_path(check, mask, params)
-    return mask
-
-
-def _axes(path: KeyPath, shape: tuple[int, ...], rule: FactoringRule) -> FactoredAxes:
-    return checked_axes(rule.axes(path, shape), path, shape)
-
-
-def _is_hidden_by_name(
-    path: KeyPath, shape: tuple[int, ...], factoring: FactoringRule
-) -> bool:
-    """Returns whether a leaf is a hidden matrix, if ``hidden`` doesn't say."""
-    name, axes = path_name(path), _axes(path, shape, factoring)
-    one_matrix = axes.factored and len(axes.row + axes.col) == len(shape)
-    if _NORM.search(name) and one_matrix:
-        kind = "the norms of several layers"
-    elif _EXPERTS.search(name) and one_matrix and len(shape) > 2:
-        kind = "several experts"
-    else:
-        sizes = [math.prod(shape[a] for a in some) for some in (axes.row, axes.col)]
-        is_matrix = axes.factored and min(sizes) > 1
-        return is_matrix and not _NOT_HIDDEN.search(name)
-    raise ValueError(
-        f"leaf {name!r} of shape {shape} seems to hold {kind}, but {factoring!r} reads "
-        "it as one matrix, and would so read their kernels: say which axis is stacked "
-        "with factoring=Stacked(BalancedSplit(), axis=..., where=...), or which leaves "
-        "are hidden matrices with hidden=..."
-    )

@@ -50,18 +50,17 @@ OPTAX: Mapping[str, Make] = {
     "Adafactor": partial(optax.adafactor, 1e-3),
     "SGD": partial(optax.sgd, 1e-3),
 }
-OPTIMIZERS: Mapping[str, Make] = {
-    **_STEADY,
-    **_CAME_MUON,
-    **OURS,
-    **OPTAX,
+_MUON: Mapping[str, Make] = {
     "Muon": partial(
         optax.contrib.muon,
         1e-3,
         weight_decay=0.1,
         muon_weight_dimension_numbers=_numbers,
-    ),
+    )
 }
+OPTIMIZERS: Mapping[str, Make] = {**_STEADY, **_CAME_MUON, **OURS, **OPTAX, **_MUON}
+# Those whose matrix products take a hundred times as long as the others' updates.
+ORTHOGONALIZING = (*_CAME_MUON, *_MUON)
 
 
 @contextlib.contextmanager
