@@ -22,8 +22,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
-import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
@@ -40,9 +38,6 @@ from measuring.examples import (
 )
 
 from came_optax import LastTwoAxes, Stacked, state_sharding, steady_came
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 RESULTS = ROOT / "docs" / "results" / "scale-plan"
 LENGTH = 2048
@@ -186,29 +181,6 @@ def write_table(results: dict[str, Any], planned: Sequence[int]) -> None:
     (RESULTS / "table.md").write_text(table + "\n", encoding="utf-8")
 
 
-def draw(results: dict[str, Any], chips: int = PLANNED[0]) -> None:
-    """Draws what a chip of the smallest planned slice holds: state, and all else."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
-    for axis, model in zip(axes, LAYERS_AND_WIDTH, strict=True):
-        cases = [results[f"{model} {name} {chips}"] for name in OPTIMIZERS]
-        state = np.array([case["state_bytes"] for case in cases]) / GIB
-        total = np.array([case["total_bytes"] for case in cases]) / GIB
-        names, edge = list(OPTIMIZERS), {"edgecolor": "black"}
-        bars = axis.barh(names, total, color="0.85", label="all else", **edge)
-        axis.bar_label(
-            bars,
-            [f"{s:.2f} of {t:.2f}" for s, t in zip(state, total, strict=True)],
-            padding=4,
-        )
-        axis.barh(names, state, hatch="////", label="optimizer state", **edge)
-        axis.margins(x=0.5)
-        axis.invert_yaxis()
-        axis.set_title(f"{model} on {chips} TPU v5p chips")
-        axis.set_xlabel("memory (GiB per chip)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center")
-    figure.savefig(RESULTS / "scale-plan.png", dpi=150)
-
-
 def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     file = RESULTS / "results.json"
@@ -234,7 +206,6 @@ def main() -> None:
         for case in cases:
             fits(case, chips)
         write_table(results, PLANNED[: i + 1])
-    draw(results)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,6 @@ import functools
 import pathlib
 from typing import Any
 
-import matplotlib
-import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
 from measuring import ROOT, output
 from measuring.compiled_steps import (
     CHIPS,
@@ -55,42 +52,6 @@ def step_table(results: Results) -> str:
     return output.table([{k: v for k, v in r.items() if k not in empty} for r in rows])
 
 
-def draw(results: Results) -> Figure:
-    """Draws the memory of the training steps, a panel a model."""
-    figure, panels = plt.subplots(
-        1, len(STEPS), figsize=(9, 5), sharey=True, layout="constrained"
-    )
-    styles = [
-        {"color": "0.6"},
-        {"color": "white", "hatch": "///"},
-        {"color": "white", "hatch": "..."},
-    ]
-    for model, axes in zip(STEPS, panels, strict=True):
-        for i, (chip, style) in enumerate(zip(CHIPS, styles, strict=True)):
-            gib = {
-                y + 0.27 * (i - 1): step["bytes"] / GIB
-                for y, name in enumerate(NAMES)
-                if (step := results.find(chip, model, name))
-            }
-            axes.barh(list(gib), gib.values(), 0.24, edgecolor="0", label=chip, **style)
-        paper = {
-            y: PAPER_STEPS[model][name]
-            for y, name in enumerate(NAMES)
-            if name in PAPER_STEPS[model]
-        }
-        axes.plot(
-            list(paper.values()), list(paper), "kD", label="paper, on GPUs (as printed)"
-        )
-        axes.set_title(model)
-        axes.set_xlabel("memory of a training step (GiB)")
-    panels[0].set_yticks(range(len(NAMES)), NAMES)
-    panels[0].invert_yaxis()
-    figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4
-    )
-    return figure
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chip", choices=CHIPS, default="v5e")
@@ -108,8 +69,6 @@ def main() -> None:
     text = step_table(results)
     print(f"\n{text}")
     (args.output / "steps.md").write_text(text + "\n", encoding="utf-8")
-    matplotlib.use("Agg")
-    draw(results).savefig(args.output / "steps.png", dpi=150)
 
 
 if __name__ == "__main__":

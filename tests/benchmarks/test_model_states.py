@@ -17,6 +17,7 @@ SCRIPT = model_states.__file__
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results" / "memory"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+MEMORY = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -77,6 +78,30 @@ def test_the_readme_has_the_states_of_gpt2():
     for row, optimizer in rows.items():
         taken = state_bytes("gpt2", optimizer, "float32")
         assert f"| {row} | {taken / 1e6:.1f} MB | {taken / count:.2f} |" in README
+
+
+def test_the_memory_page_has_the_states_of_gpt2_xl():
+    count = size("gpt2-xl")
+    rows = {
+        "`steady_came`": "steady-came",
+        "`optax.adamw`": "adamw",
+        "`optax.adafactor`, momentum": "adafactor",
+        "`optax.adafactor`": "adafactor-no-momentum",
+    }
+    for stored in "bfloat16", "int8", "int4":
+        rows[f'`steady_came(mu_dtype="{stored}")`'] = f"steady-came-{stored}"
+    for row, optimizer in rows.items():
+        single, half = (
+            state_bytes("gpt2-xl", optimizer, dtype) / count
+            for dtype in ("float32", "bfloat16")
+        )
+        cells = f"{single:.3f} | {half:.3f} | {single + 4:.1f} | {half + 2:.1f}"
+        assert f"| {row} | {cells} |" in MEMORY
+
+
+def test_the_memory_page_shows_what_the_command_prints():
+    memory = state_memory(OPTIMIZERS["steady-came-int8"](), abstract_params("gpt2-xl"))
+    assert f"--optimizer steady-came-int8\n{memory}\n" in MEMORY
 
 
 def test_the_documented_table_is_what_the_command_prints():
