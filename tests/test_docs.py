@@ -90,13 +90,13 @@ def test_every_file_has_tests_that_are_quick(request):
     assert quick == {item.path for item in items}
 
 
-@pytest.mark.slow(but=2)
+@pytest.mark.slow(but=5)
 @pytest.mark.parametrize("page", [*filter(blocks, PAGES)], ids=lambda path: path.stem)
 def test_blocks_run(page):
     run(blocks(page))
 
 
-@pytest.mark.slow(but=2)
+@pytest.mark.slow(but=5)
 @pytest.mark.parametrize(
     "path", sorted((DOCS / "recipes").glob("*.py")), ids=lambda path: path.stem
 )
@@ -107,7 +107,6 @@ def test_recipes_run(path, monkeypatch):
     runpy.run_path(str(path), run_name="__main__")
 
 
-@pytest.mark.slow
 def test_a_job_that_is_moved_as_the_page_says_goes_on():
     """Parameters move as far as AdamW would have moved them; twice, and back."""
     page = blocks("docs/moving-a-job.md")
