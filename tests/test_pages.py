@@ -1,0 +1,130 @@
+"""Pages have the numbers of their tables, and lead to what is looked for."""
+
+import re
+import runpy
+import tomllib
+
+import pytest
+
+from tests.pages import DOCS, PAGES, ROOT, read, source
+
+TABLES = runpy.run_path(str(DOCS / "results" / "tables.py"))
+QUESTIONS = tomllib.loads((DOCS / "questions.toml").read_text(encoding="utf-8"))
+
+
+def test_tables_are_what_the_logs_say():
+    for name, text in TABLES["tables"]().items():
+        assert text == read(f"docs/results/small-models/{name}.md"), name
+    readme = read("README.md")
+    assert TABLES["readme"](readme) == readme
+    assert "3.726 ± 0.013" in readme  # There is something between the marks.
+    updates = TABLES["largest_updates"]()
+    rounded = f"{min(updates):.1f} to {max(updates):.1f}"
+    assert f"{rounded} learning rates" in read("docs/how-it-works.md")
+
+
+@pytest.mark.parametrize("page", ["README.md", *PAGES], ids=str)
+def test_numbers_with_a_spread_are_in_a_table(page):
+    """In a table that a command makes of a log, that is."""
+    tables = "".join(
+        path.read_text(encoding="utf-8") for path in (DOCS / "results").glob("*/*.md")
+    )
+    for number in re.findall(r"[\d.]+ ± [\d.]*\d", read(page)):
+        assert number in tables, number
+
+
+def test_what_is_said_of_models_is_in_the_tables():
+    models = read("docs/results/memory/models.md")
+    (llama,) = re.findall("^[|] llama-8b .*$", models, flags=re.M)
+    cells = [cell.strip() for cell in llama.split("|")]
+    assert cells[5] == "8.07" and cells[7] == "64.2"
+    assert "64.2 GB under AdamW and 8.07 GB under" in read("README.md")
+    largest = {
+        row[1].strip(): [float(x.split()[0]) for x in row[2:6] if x.strip()]
+        for line in read("docs/results/memory/largest.md").splitlines()[2:]
+        if (row := line.split("|"))
+    }
+    ours, adamw = largest["steady_came, int8"][1], largest["AdamW"]
+    page = " ".join(read("docs/memory.md").split())
+    assert f"{ours / adamw[0]:.1f} times as large as the largest under AdamW" in page
+    assert f"{ours / adamw[1]:.1f} times as large as that under AdamW" in page
+
+
+def test_what_is_said_of_times_is_in_the_table():
+    table = read("docs/results/benchmarks/update_gpt2.md")
+    rows = [[cell.strip() for cell in x.split("|")] for x in table.splitlines()[2:]]
+    ratios = {row[1]: float(row[3]) for row in rows}
+    steady = [ratio for name, ratio in ratios.items() if name.startswith("steady_came")]
+    assert len(steady) == 4 and all(2 <= ratio <= 4 for ratio in steady)
+    faq = " ".join(read("docs/faq.md").split())
+    assert "two to four times AdamW's time, and that of `came_muon` some 65" in faq
+    assert round(ratios["came_muon, int8"] / 5) == round(65 / 5)
+
+
+def test_the_readmes_links_lead_somewhere():
+    targets = re.findall(r"\]\((?!https?:)([^)]+)\)", read("README.md"))
+    assert targets
+    for target in targets:
+        assert (ROOT / target.partition("#")[0]).exists(), target
+
+
+def headings(text):
+    """Returns the anchors of a page: of its headings, and those that it names."""
+    found = re.findall(r"^#+ (.*)$", text, flags=re.M)
+    slugs = {re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") for title in found}
+    return slugs | set(re.findall(r"^\((.*)\)=$", text, flags=re.M))
+
+
+def linked(page):
+    """Returns the pages that a page links to, its table of contents among them."""
+    text, folder = source(page), (DOCS / page).parent
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", text)
+    names = {
+        (ROOT if page == "index" else folder) / re.sub(r"\.(md|ipynb)$", "", target)
+        for target in targets
+    }
+    for toc in re.findall(r"{toctree}\n(.*?)```", text, flags=re.M | re.S):
+        names |= {folder / line for line in toc.split() if not line.startswith(":")}
+    inside = {name for name in names if DOCS in name.resolve().parents}
+    return {str(name.resolve().relative_to(DOCS)) for name in inside}
+
+
+def test_thirty_questions_are_answered_within_two_clicks():
+    questions = QUESTIONS["question"]
+    assert len(questions) == len({q["ask"] for q in questions}) == 30
+    # The table of contents is on every page: one click.
+    one = linked("index") | {"index"}
+    two = one | {name for page in one if exists(page) for name in linked(page)}
+    for q in questions:
+        assert q["page"] in two, q
+        text = source(q["page"])
+        assert "anchor" not in q or q["anchor"] in headings(text), q
+        assert " ".join(q["says"].split()) in " ".join(text.split()), q
+
+
+def exists(page):
+    return any((DOCS / f"{page}.{kind}").exists() for kind in ("md", "ipynb"))
+
+
+def test_what_is_searched_for_is_found():
+    text = "".join(read(path) for path in PAGES)
+    words = "offload", "slower", "throughput", "issue", "warm-up", "warmup", "7B"
+    assert not [word for word in words if word not in text]
+
+
+def test_links_between_pages_lead_to_an_anchor():
+    pages = [p for p in DOCS.rglob("*.md") if not {"_build", "results"} & set(p.parts)]
+    for path in [ROOT / "README.md", *pages]:
+        text = re.sub(r"^```.*?^```", "", read(path), flags=re.M | re.S)
+        for target in re.findall(r"\]\((?!https?:|#)([^)\s]+)\)", text):
+            name, _, anchor = target.partition("#")
+            page = (path.parent / name).resolve()
+            assert page.exists(), (path, target)
+            if anchor:
+                there = str(page.relative_to(DOCS)).rpartition(".")[0]
+                assert anchor in headings(source(there)), (path, target)
+
+
+def test_which_optimizer_is_short():
+    text = re.sub(r"\]\([^)]*\)|[|*`-]+", " ", read("docs/which-optimizer.md"))
+    assert len(text.split()) <= 400
