@@ -34,10 +34,8 @@ def test_numbers_with_a_spread_are_in_a_table(page):
 
 
 def test_what_is_said_of_models_is_in_the_tables():
-    models = read("docs/results/memory/models.md")
-    (llama,) = re.findall("^[|] llama-8b .*$", models, flags=re.M)
-    cells = [cell.strip() for cell in llama.split("|")]
-    assert cells[5] == "8.07" and cells[7] == "64.2"
+    llama = cells("memory/models.md", "llama-8b ")
+    assert llama[4] == "8.07" and llama[6] == "64.2"
     assert "64.2 GB under AdamW and 8.07 GB under" in read("README.md")
     largest = {
         row[1].strip(): [float(x.split()[0]) for x in row[2:6] if x.strip()]
@@ -48,6 +46,23 @@ def test_what_is_said_of_models_is_in_the_tables():
     page = " ".join(read("docs/memory.md").split())
     assert f"{ours / adamw[0]:.1f} times as large as the largest under AdamW" in page
     assert f"{ours / adamw[1]:.1f} times as large as that under AdamW" in page
+
+
+def cells(path, row):
+    """Returns a row of a table, found by how it begins."""
+    (line,) = re.findall(f"^[|] {row}.*$", read(f"docs/results/{path}"), flags=re.M)
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
+def test_what_is_said_of_a_llama_is_in_the_tables():
+    faq = " ".join(read("docs/faq.md").split())
+    taken = cells("memory/models.md", "llama-1b ")
+    assert f"take {taken[6]} GB for the shapes of Llama 3.2 1 B" in faq
+    assert f'`mu_dtype="int8"` takes {taken[4]} GB' in faq
+    received = cells("benchmarks/muon_sharded_v5e.md", "FSDP +[|] orth")[5]
+    assert f"receives {received} MB a device under FSDP" in faq
+    share = cells("benchmarks/muon_share.md", "Llama 1 B ")[3]
+    assert f"products are {share.replace('%', ' %')} of a step's" in faq
 
 
 def test_what_is_said_of_times_is_in_the_table():
