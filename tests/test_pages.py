@@ -65,6 +65,19 @@ def test_what_is_said_of_a_llama_is_in_the_tables():
     assert f"products are {share.replace('%', ' %')} of a step's" in faq
 
 
+def test_what_is_said_of_the_updates_share_is_in_the_table():
+    text = read("docs/results/benchmarks/optimizer_share.md")
+    rows = [[cell.strip() for cell in x.split("|")] for x in text.splitlines()[2:]]
+    share = {(row[1], int(row[2])): round(float(row[5].split()[0])) for row in rows}
+    ours, adamw = (
+        [share[name, tokens] for tokens in (256, 4096)]
+        for name in ("steady_came, float32", "AdamW")
+    )
+    faq = " ".join(read("docs/faq.md").split())
+    assert f"from {ours[0]} % with 256 tokens to {ours[1]} % with 4,096 under" in faq
+    assert f"from {adamw[0]} % to {adamw[1]} % under AdamW" in faq
+
+
 def test_what_is_said_of_times_is_in_the_table():
     table = read("docs/results/benchmarks/update_gpt2.md")
     rows = [[cell.strip() for cell in x.split("|")] for x in table.splitlines()[2:]]

@@ -23,7 +23,7 @@ from tasks.gpt2 import ModelOptions, next_token_loss
 from tasks.gpt2 import make_task as make_text_task
 from training import sharding as devices
 from training.sharding import make_gather, param_shardings
-from training.step import TrainState, make_init, make_train_step, state_shapes
+from training.step import TrainState, make_init, make_train_step
 
 __all__ = [
     "GIB",
@@ -46,7 +46,6 @@ __all__ = [
     "make_train_step",
     "next_token_loss",
     "param_shardings",
-    "state_shapes",
     "t5",
     "topologies",
     "traffic",
