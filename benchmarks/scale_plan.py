@@ -6,7 +6,7 @@ parameters, gradients and optimizer state in parts over all chips (FSDP), activa
 bfloat16, one sequence of 2,048 tokens per chip. For each optimizer it measures v5p
 slices of 64 and 512 chips, and finds the smallest on which the step compiles.
 
-    pip install "came-optax[examples,tpu]"
+    pip install -e ".[examples,tpu]"
     python benchmarks/scale_plan.py
 
 takes about a minute of a CPU for each of some 20 cases. Results are kept in

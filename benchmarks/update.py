@@ -8,7 +8,7 @@ them uses once. Page faults are what fresh memory costs: each maps 4 kB, or more
 the kernel has larger pages. PyTorch's AdamW and the authors' CAME join in where torch
 is installed:
 
-    pip install "came-optax[parity]"
+    pip install -e ".[parity]"
     python benchmarks/update.py --model gpt2 --rounds 20
 """
 

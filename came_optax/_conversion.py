@@ -52,9 +52,8 @@ def convert_state(
     give it the same value; where they don't, it is as ``new`` gives it.
 
     Args:
-      state: the state. That of a Flax ``nnx.Optimizer`` is
-        ``nnx.as_pure(optimizer.opt_state)``; ``nnx.update(new_optimizer.opt_state,
-        nnx.state(converted))`` puts it back.
+      state: the state. That of a Flax ``nnx.Optimizer`` is ``optimizer.opt_state``;
+        ``nnx.update(new_optimizer.opt_state, nnx.state(converted))`` puts it back.
       params: the parameters, as ``old.init`` was given them.
       old: the optimizer that ``state`` is of.
       new: the optimizer that it is to be of.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -133,6 +134,13 @@ def orthogonalize(
     def init_fn(params: optax.Params) -> optax.EmptyState:
         jax.tree.map_with_path(matrix_axes, unbox(params))
         warn_of_unmatched(factoring, unbox(params))
+        if params_sharding is None and any(map(_on_auto_axes, jax.tree.leaves(params))):
+            warnings.warn(
+                "the parameters are on a mesh of Auto axes, and params_sharding isn't "
+                "given: each device orthogonalizes all matrices, or exchanges "
+                "something in each product",
+                stacklevel=2,
+            )
         return optax.EmptyState()
 
     def update_fn(
@@ -207,6 +215,15 @@ def orthogonalize(
         return consistent_rms * math.sqrt(max(rows, cols))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _on_auto_axes(x: Any) -> bool:
+    """Returns whether a parameter is on devices of which its type doesn't tell."""
+    mesh: Any = jax.sharding.get_abstract_mesh()
+    if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+        mesh = getattr(x.sharding, "mesh", mesh)
+    kinds = zip(mesh.shape.values(), mesh.axis_types, strict=True)
+    return any(size > 1 and kind == AxisType.Auto for size, kind in kinds)
 
 
 def _iteration_dtype(x: jax.Array, given: DTypeLike | None, default: DTypeLike) -> Any:

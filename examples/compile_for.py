@@ -1,6 +1,6 @@
 r"""Compile a training step for TPU slices, or H100s, that aren't there.
 
-    pip install "came-optax[examples,tpu]"
+    pip install -e ".[examples,tpu]"
     python examples/compile_for.py --topology v5e:4x4 --task gpt2 --size xl
 
 says whether GPT-2 XL trains on 16 TPU v5e chips, what memory the parameters, CAME's

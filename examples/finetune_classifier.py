@@ -30,7 +30,7 @@ def main() -> None:
         steps=200,
         batch_size=32,
         seq_len=LENGTH,
-        learning_rate=1.8e-4,
+        base_learning_rate=1.8e-4,
         weight_decay=0.01,
         eval_every=50,
     )

@@ -24,7 +24,7 @@ NAME = "pretrain_bert"
 def main() -> None:
     groups = [ModelOptions, TextOptions, OptimizerOptions, TrainingOptions]
     model, text, optimizer, training, run = command_line.parse(
-        NAME, __doc__, groups, batch_size=256, learning_rate=5e-3
+        NAME, __doc__, groups, batch_size=256, base_learning_rate=5e-3
     )
     with folder.claim(NAME, run) as path:
         task = make_task(model, text, training.seq_len)

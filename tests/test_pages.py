@@ -59,6 +59,8 @@ def test_what_is_said_of_a_llama_is_in_the_tables():
     taken = cells("memory/models.md", "llama-1b ")
     assert f"take {taken[6]} GB for the shapes of Llama 3.2 1 B" in faq
     assert f'`mu_dtype="int8"` takes {taken[4]} GB' in faq
+    saved = (float(taken[6]) - float(taken[4])) / 16
+    assert f"saves each of them {saved:.2f} GB" in faq
     received = cells("benchmarks/muon_sharded_v5e.md", "FSDP +[|] orth")[5]
     assert f"receives {received} MB a device under FSDP" in faq
     share = cells("benchmarks/muon_share.md", "Llama 1 B ")[3]

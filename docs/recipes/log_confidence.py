@@ -1,7 +1,7 @@
 """Log the confidence and the size of updates to TensorBoard.
 
-The instability's square root is what CAME divides the momentum by. Where it is small,
-updates agree with their momentum and steps are large.
+CAME divides the momentum by the instability's square root. Where that is small, updates
+agree with their momentum and steps are large.
 """
 
 import tempfile
@@ -14,8 +14,8 @@ import tensorboardX
 from came_optax import steady_came
 
 params = {"kernel": jnp.zeros((64, 8)), "bias": jnp.zeros(8)}
-learning_rate = 1e-2
-tx = steady_came(learning_rate)
+learning_rate, b3 = 1e-2, 0.9999
+tx = steady_came(learning_rate, b3=b3)
 state = tx.init(params)
 
 
@@ -25,11 +25,11 @@ def train_step(params, state, x, y):
         return jnp.mean((x @ params["kernel"] + params["bias"][None] - y) ** 2)
 
     updates, state = tx.update(jax.grad(loss_fn)(params), state, params)
+    came_state = optax.tree.get(state, "ScaleByCameState")
+    seen = 1 - b3**came_state.count  # The average began at zero; came ignores that.
     metrics = {
         # Factored leaves only: others hold a zero here.
-        "confidence/kernel": jax.lax.rsqrt(
-            optax.tree.get(state, "s_row")["kernel"].mean()
-        ),
+        "confidence/kernel": jax.lax.rsqrt(came_state.s_row["kernel"].mean() / seen),
         **{
             f"update_rms/{name}": jnp.sqrt(jnp.mean(u**2)) / learning_rate
             for name, u in updates.items()

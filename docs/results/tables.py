@@ -60,7 +60,7 @@ PUBLISHED = {
     "as published": "came",
     "β2 0.95, β3 0.995": "came-b2-0.95-b3-0.995",
     "β3 0.999": "came-b3-0.999",
-    "warmup of 2 % for 10": "came-warmup-2",
+    "warmup over 2 % of the steps": "came-warmup-2",
     "no warmup": "came-warmup-0",
     "bias correction": "came-bc",
     "bias correction, β2 0.95, β3 0.995": "came-bc-b2-0.95-b3-0.995",
@@ -158,11 +158,14 @@ def differences_table():
 
 def rates_table():
     logs = {task: read(name)[0] for task, name in TASKS.items()}
-    rows = [
-        [name, *(f"{best(runs, methods)[1]:.1e}" for runs in logs.values())]
-        for name, methods in OPTIMIZERS.items()
-    ]
-    return table(["best learning rate", *TASKS], rows)
+    rows = []
+    for name, methods in OPTIMIZERS.items():
+        cells = []
+        for runs in logs.values():
+            method, rate, _ = best(runs, methods)
+            cells.append(f"{rate:.1e} of {len(runs[method])}")
+        rows.append([name, *cells])
+    return table(["best learning rate, of how many", *TASKS], rows)
 
 
 def sizes_table():
@@ -240,7 +243,7 @@ def clip_table():
     rates = {"gpt2": 0.0056, "bert": 0.0056, "t5": 0.0032}
     rows = []
     for name, variant in {
-        "no final clip, as now": "no final clip",
+        "no final clip, the default now": "no final clip",
         "no clip at all": "no clip",
     }.items():
         cells = [

@@ -86,7 +86,7 @@ def tpu(topology: str, slices: int = 1) -> Target:
     if generation not in HBM:
         raise UserError(f"--topology {topology}: known are {', '.join(HBM)}")
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("libtpu is missing: pip install 'came-optax[tpu]'")
+        raise UserError("libtpu is missing: pip install -e '.[tpu]'")
     jax.config.update("jax_platforms", "cpu")
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",  # Ask no metadata server what machine this is.

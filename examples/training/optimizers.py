@@ -11,8 +11,8 @@ import came_optax
 from task import NonNegative, Positive, Rate, UserError, Whole
 
 Optimizer = Literal[
+    "steady-came",
     "came",
-    "published-came",
     "came-muon",
     "adamw",
     "nadamw",
@@ -21,16 +21,16 @@ Optimizer = Literal[
     "muon",
 ]
 CAME: dict[str, Callable[..., Any]] = {
-    "came": came_optax.steady_came,
-    "published-came": came_optax.came,
+    "steady-came": came_optax.steady_came,
+    "came": came_optax.came,
     "came-muon": came_optax.came_muon,
 }
 OF_CAME = (
     *("b1", "b2", "b3", "eps2", "nesterov", "bias_correction"),
     *("update_clipping_threshold", "mu_dtype", "factoring"),
 )
-# Peak learning rates where none is given; 3e-3 for the others.
-LEARNING_RATES = {"published-came": 1e-3, "came-muon": 1e-2, "lion": 1e-3}
+# Peak learning rates over that of AdamW, where none is given.
+RATES = {"came": 1 / 10, "lion": 1 / 3, "came-muon": 3.0, "muon": 3.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,28 +38,30 @@ class OptimizerOptions:
     """Options for the optimizer.
 
     Attributes:
-        optimizer: Update rule; came is steady_came, published-came has the paper's
-            defaults, came-muon orthogonalises came's update of hidden matrices.
-        learning_rate: Peak learning rate; by default 1e-3 for published-came and lion,
-            1e-2 for came-muon, 3e-3 for others.
+        optimizer: Update rule; steady-came is the recommended CAME, came the published
+            one, came-muon orthogonalises CAME's update of hidden matrices.
+        learning_rate: Peak learning rate; by default --base-learning-rate, a tenth of
+            it for came, a third for lion, three times it for came-muon and muon.
+        base_learning_rate: Peak that suits adamw and steady-came here.
         warmup: Steps of linear warmup; by default a tenth of all.
         weight_decay: Decoupled, on kernels only.
         clip_norm: Largest global gradient norm.
         b1: Decay rate of the momentum (this and the next are by default the
             optimizer's own); adafactor keeps none at 0.
-        b2: came, adamw, nadamw: decay rate of the second moment; lion: of its average.
-        b3: came: decay rate of the instability.
-        eps2: came: added to the instability.
-        nesterov: came: look one step ahead.
-        bias_correction: came: correct moments for their zero start.
-        update_clipping_threshold: came: largest RMS of a leaf's update; 0 for any.
-        mu_dtype: came: stores the momentum in this: float32, bfloat16, int8 or int4.
-        factoring: came: the rule that says which axes are factored, such as
+        b2: Decay rate of the second moment; lion: of its average.
+        b3: CAME's, all three: decay rate of the instability.
+        eps2: CAME's: added to the instability.
+        nesterov: CAME's: look one step ahead.
+        bias_correction: CAME's: correct moments for their zero start.
+        update_clipping_threshold: CAME's: largest RMS of a leaf's update; 0 for any.
+        mu_dtype: CAME's: stores the momentum in this: float32, bfloat16, int8 or int4.
+        factoring: CAME's: the rule that says which axes are factored, such as
             came_optax.BalancedSplit; its own arguments as in --factoring.min_dim_size.
     """
 
-    optimizer: Optimizer = "came"
+    optimizer: Optimizer = "steady-came"
     learning_rate: Positive | None = None
+    base_learning_rate: Positive = 3e-3
     warmup: Whole | None = None
     weight_decay: NonNegative = 0.1
     clip_norm: Positive = 1.0
@@ -76,7 +78,8 @@ class OptimizerOptions:
 
 def make_schedule(options: OptimizerOptions, steps: int) -> optax.Schedule:
     """Linear warmup from 0, then a cosine down to a tenth of the peak."""
-    peak = options.learning_rate or LEARNING_RATES.get(options.optimizer, 3e-3)
+    usual = RATES.get(options.optimizer, 1.0) * options.base_learning_rate
+    peak = options.learning_rate or usual
     warmup = steps // 10 if options.warmup is None else options.warmup
     if warmup >= steps:
         raise UserError(f"--warmup {warmup}: must be below --steps {steps}")
@@ -110,7 +113,7 @@ def make_optimizer(
     decay = options.weight_decay
     update_rule: Any
     match options.optimizer:
-        case "came" | "published-came" | "came-muon" as name:
+        case "steady-came" | "came" | "came-muon" as name:
             own = {name: given[name] for name in OF_CAME if name in given}
             if own.get("update_clipping_threshold") == 0:
                 own["update_clipping_threshold"] = None

@@ -123,7 +123,7 @@ def test_a_resumed_run_ends_with_the_same_bits(name, run):
         ("gpt2", ["--batch-size", "12"], "--batch-size 12: must be a multiple of 8"),
         ("gpt2", ["--accumulate", "3"], "must be a multiple of 24"),
         ("gpt2", ["--warmup=4", "--steps=4"], "--warmup 4: must be below --steps 4"),
-        ("gpt2", ["--mu-dtype", "float7"], "--optimizer came: mu_dtype"),
+        ("gpt2", ["--mu-dtype", "float7"], "--optimizer steady-came: mu_dtype"),
         ("gpt2", ["--vocab-size", "10"], "--vocab-size 10: must be at least 257"),
         ("gpt2", ["--prompt", "So long a text" * 9], "included; must have 16 at most"),
         ("gpt2", ["--resume"], "--resume: no run under runs/"),
@@ -170,7 +170,10 @@ def test_a_saved_run_is_refused_or_kept(run):
         (base, "run: holds a run already"),
         ([*again, "--vocab-size=290"], "data; --vocab-size was None, is 290"),
         ([*again, "--seq-len=9"], "data; --seq-len was 16, is 9"),
-        ([*again, "--optimizer=adamw"], "here; --optimizer was came, is adamw\n"),
+        (
+            [*again, "--optimizer=adamw"],
+            "here; --optimizer was steady-came, is adamw\n",
+        ),
         ([*again, "--text=more.txt"], "run: this run began on other data; --text was"),
         ([*again, "--steps=1"], "--steps 1: 4 are done already in run"),
     ):

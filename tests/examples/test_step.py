@@ -55,7 +55,7 @@ def train(tx, steps, accumulate=1, task=TASK, batch=BATCH):
 @pytest.mark.parametrize(
     ("optimizer", "dtype"),
     [
-        ("came", "float32"),
+        ("steady-came", "float32"),
         ("came-muon", "bfloat16"),
         ("adamw", "float32"),
         ("adafactor", "float32"),
@@ -150,8 +150,8 @@ OTHERS = {"bias_correction": False, "b2": 0.5}
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"optimizer": "came"}, steady_came(1e-2)),
-        ({"optimizer": "published-came"}, came(1e-2)),
+        ({"optimizer": "steady-came"}, steady_came(1e-2)),
+        ({"optimizer": "came"}, came(1e-2)),
         (
             {"update_clipping_threshold": 0, **OTHERS},
             steady_came(1e-2, update_clipping_threshold=None, **OTHERS),
@@ -159,7 +159,7 @@ OTHERS = {"bias_correction": False, "b2": 0.5}
         ({"optimizer": "came-muon", "b1": 0.9}, came_muon(1e-2, b1=0.9)),
         ({"optimizer": "nadamw"}, optax.nadamw(1e-2, b2=0.95, weight_decay=0)),
     ],
-    ids=["came", "published-came", "overridden", "came-muon", "nadamw"],
+    ids=["steady-came", "came", "overridden", "came-muon", "nadamw"],
 )
 def test_update_rules_have_their_own_defaults(options, expected):
     options = OptimizerOptions(**options, weight_decay=0, clip_norm=1e9)
@@ -175,6 +175,17 @@ def test_update_rules_have_their_own_defaults(options, expected):
         return updates
 
     chex.assert_trees_all_close(three_steps(tx), three_steps(expected), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "peak"),
+    [("steady-came", 5e-3), ("adamw", 5e-3), ("came", 5e-4), ("came-muon", 15e-3)],
+)
+def test_rates_by_default_follow_the_scripts(optimizer, peak):
+    options = OptimizerOptions(optimizer=optimizer, base_learning_rate=5e-3, warmup=0)
+    assert make_schedule(options, 10)(0) == pytest.approx(peak)
+    given = dataclasses.replace(options, learning_rate=1.0)
+    assert make_schedule(given, 10)(0) == pytest.approx(1)
 
 
 def test_schedule_warms_up_and_decays_to_a_tenth():
