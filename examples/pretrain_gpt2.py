@@ -4,7 +4,7 @@ r"""Pretrain GPT-2 on real text with CAME.
 
 trains the tiny size on the presidents' State of the Union addresses on CPU,
 and prints the cross-entropies of a unigram and a bigram model to compare with.
-On two CPU cores it takes three minutes and ends at a validation loss of 2.68
+On two CPU cores it takes three to five minutes and ends at a validation loss of 2.68
 (bigram 3.47). On an accelerator:
 
     python examples/pretrain_gpt2.py --size small --text mine/*.txt \

@@ -3,7 +3,7 @@ r"""Pretrain T5 on real text with CAME.
     python examples/pretrain_t5.py
 
 trains the tiny size (version 1.1) to fill gaps in the presidents' State of the Union
-addresses, in three minutes on two CPU cores, and prints the cross-entropy of a bigram
+addresses, in some minutes on two CPU cores, and prints the cross-entropy of a bigram
 model to compare with. The run's folder can then be loaded by Hugging Face's
 `transformers`. On an accelerator:
 

@@ -1,5 +1,6 @@
 """Pages have the numbers of their tables, and lead to what is looked for."""
 
+import json
 import re
 import runpy
 import tomllib
@@ -65,6 +66,17 @@ def test_what_is_said_of_a_llama_is_in_the_tables():
     assert f"receives {received} MB a device under FSDP" in faq
     share = cells("benchmarks/muon_share.md", "Llama 1 B ")[3]
     assert f"products are {share.replace('%', ' %')} of a step's" in faq
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_examples_end_where_their_logs_do(name):
+    log = json.loads(read(f"docs/results/examples/pretrain_{name}.json"))
+    page = read("docs/examples/pretraining.md")
+    (row,) = re.findall(f"^[|] `python examples/pretrain_{name}.py` .*$", page, re.M)
+    assert f"| {log['validation']['loss']:.3f} nats" in row
+    for reference, loss in log["references"].items():
+        assert f"{reference} {loss:.3f}" in row
+    assert f"loss {log['validation']['loss']:.2f} (" in read("examples/README.md")
 
 
 def test_what_is_said_of_the_updates_share_is_in_the_table():
