@@ -84,7 +84,8 @@ def came(
         rate; if not 0, ``update`` needs ``params``.
       weight_decay_mask: a tree of bools (or a function from parameters to one) that is
         True where weight decay applies, as in ``optax.add_decayed_weights``.
-      factoring: which axes of each leaf are rows and columns.
+      factoring: which axes of each leaf are rows and columns: by default its last two.
+        Attention kernels of three axes need :class:`BalancedSplit`.
       mu_dtype: how momentum is stored: ``"float32"`` (float64 for float64 parameters),
         ``"bfloat16"``, ``"int8"`` or ``"int4"``; in 8 and 4 bits with a scale for each
         row and column, and float32 in leaves of fewer than 4096 elements. With a b1

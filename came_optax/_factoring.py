@@ -38,7 +38,9 @@ def _set(instance: Any, **fields: Any) -> None:
 class LastTwoAxes:
     """Factors the last two axes of every leaf of two or more dimensions.
 
-    This is the published behaviour; the leading axes are batch axes.
+    This is what the authors' code does; the leading axes are batch axes. Attention
+    kernels of Flax, ``(d, heads, head_dim)``, so become ``d`` small matrices:
+    :class:`BalancedSplit` reads them as the matrix that they are in PyTorch.
 
     Attributes:
       min_dim_size: leaves with fewer rows or fewer columns stay unfactored. With 2 the
