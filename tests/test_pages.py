@@ -68,7 +68,7 @@ def test_what_is_said_of_a_llama_is_in_the_tables():
     assert f"products are {share.replace('%', ' %')} of a step's" in faq
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bert"])
+@pytest.mark.parametrize("name", ["gpt2", "bert", "t5"])
 def test_examples_end_where_their_logs_do(name):
     log = json.loads(read(f"docs/results/examples/pretrain_{name}.json"))
     page = read("docs/examples/pretraining.md")
