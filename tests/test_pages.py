@@ -2,24 +2,23 @@
 
 import json
 import re
-import runpy
 import tomllib
 
 import pytest
+import tables
 
 from tests.pages import DOCS, PAGES, ROOT, read, source
 
-TABLES = runpy.run_path(str(DOCS / "results" / "tables.py"))
 QUESTIONS = tomllib.loads((DOCS / "questions.toml").read_text(encoding="utf-8"))
 
 
 def test_tables_are_what_the_logs_say():
-    for name, text in TABLES["tables"]().items():
+    for name, text in tables.tables().items():
         assert text == read(f"docs/results/small-models/{name}.md"), name
     readme = read("README.md")
-    assert TABLES["readme"](readme) == readme
+    assert tables.readme(readme) == readme
     assert "3.726 ± 0.013" in readme  # There is something between the marks.
-    updates = TABLES["largest_updates"]()
+    updates = tables.largest_updates()
     rounded = f"{min(updates):.1f} to {max(updates):.1f}"
     assert f"{rounded} learning rates" in read("docs/how-it-works.md")
 

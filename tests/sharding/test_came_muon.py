@@ -1,6 +1,5 @@
 """Orthogonalisation shared by the devices of a mesh, and boxes of other libraries."""
 
-import functools
 import warnings
 
 import chex
@@ -182,30 +181,6 @@ def test_exchanges_do_not_grow_with_the_layers(
     assert {c.kind for c in found} == {"all-to-all"}
     assert len(found) <= exchanges
     assert received <= 2 * len(sizes) * max(whole, 8 / layers * whole) / 8
-
-
-def test_on_auto_axes_init_warns_that_it_has_to_be_told(auto_mesh, explicit_mesh):
-    params = {"up": {"kernel": jnp.ones((16, 32))}, "bias": jnp.ones(32)}
-    specs = {"up": {"kernel": P("fsdp")}, "bias": P()}
-
-    def on(mesh):
-        shardings = jax.tree.map(functools.partial(NamedSharding, mesh), specs)
-        return jax.device_put(params, shardings), shardings
-
-    sharded, shardings = on(auto_mesh(fsdp=8))
-    for init in came_muon(1e-2).init, jax.jit(came_muon(1e-2).init):
-        with (
-            jax.set_mesh(auto_mesh(fsdp=8)),
-            pytest.warns(match="mesh of Auto axes, and params_sharding isn't given"),
-        ):
-            init(sharded)
-    with pytest.warns(match="params_sharding isn't given"):
-        came_muon(1e-2).init(sharded)
-    # Warnings are errors.
-    came_muon(1e-2, params_sharding=shardings).init(sharded)
-    came_muon(1e-2).init(params)
-    with jax.set_mesh(explicit_mesh(fsdp=8)):
-        came_muon(1e-2).init(on(explicit_mesh(fsdp=8))[0])
 
 
 @pytest.mark.slow
