@@ -3,7 +3,7 @@
     python examples/gpt2_in_one_file.py --folder runs/one-file
 
 trains a tiny size on the State of the Union addresses, over all local devices. On two
-CPU cores it takes three minutes and ends at a validation loss of 2.5. Stopped, it goes
+CPU cores it takes some minutes and ends at a validation loss of 2.5. Stopped, it goes
 on from its newest checkpoint when run again. GPT-2 small, on an accelerator, is
 `--vocab_size 50257 --length 1024 --width 768 --layers 12 --heads 12 --batch_size 480
 --learning_rate 1e-3`.

@@ -26,11 +26,11 @@ def test_tables_are_what_the_logs_say():
 @pytest.mark.parametrize("page", ["README.md", *PAGES], ids=str)
 def test_numbers_with_a_spread_are_in_a_table(page):
     """In a table that a command makes of a log, that is."""
-    tables = "".join(
+    written = "".join(
         path.read_text(encoding="utf-8") for path in (DOCS / "results").glob("*/*.md")
     )
     for number in re.findall(r"[\d.]+ ± [\d.]*\d", read(page)):
-        assert number in tables, number
+        assert number in written, number
 
 
 def test_what_is_said_of_models_is_in_the_tables():
