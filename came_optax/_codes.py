@@ -270,8 +270,8 @@ def _devices(sharding: Any, axis: int) -> int:
 
 
 def _resharded(x: jax.Array, sharding: Any) -> jax.Array:
-    """Returns ``x`` with that sharding in its type."""
-    if jax.typeof(x).sharding == sharding:
+    """Returns ``x`` with that sharding in its type, if there are explicit axes."""
+    if not sharding.mesh.explicit_axes or jax.typeof(x).sharding == sharding:
         return x
     moved: jax.Array = jax.sharding.reshard(x, sharding)
     return moved

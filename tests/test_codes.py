@@ -10,11 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
-from came_optax import (
-    FactoredAxes,
-    _codes,
-)
+from came_optax import FactoredAxes, _codes, convert_state, steady_came
 from tests.draws import normal
 
 # The largest distance between neighbouring codes, which is 3/2 of the mean one.
@@ -118,3 +116,15 @@ def test_zero_rows_columns_and_leaves_stay_zero(mu_dtype):
     assert not read[7].any() and not read[:, 9].any()
     assert read.any()
     chex.assert_trees_all_equal(round_trip(0 * m, mu_dtype), 0 * m)
+
+
+def test_codes_made_before_a_mesh_was_entered():
+    params = {"kernel": jnp.ones((64, 128))}
+    tx = steady_came(1e-3, mu_dtype="int4")
+    _, state = tx.update(params, tx.init(params), params)
+    expected, _ = tx.update(params, state, params)
+    mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        updates, _ = tx.update(params, state, params)
+        convert_state(state, params, old=tx, new=steady_came(1e-3))
+    chex.assert_trees_all_close(updates, expected, rtol=1e-5)

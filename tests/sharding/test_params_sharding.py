@@ -31,8 +31,7 @@ def test_on_auto_axes_init_warns_that_it_has_to_be_told(auto_mesh, explicit_mesh
     # Warnings are errors.
     came_muon(1e-2, params_sharding=shardings).init(sharded)
     came_muon(1e-2).init(params)
-    with jax.set_mesh(explicit_mesh(fsdp=8)):
-        came_muon(1e-2).init(on(explicit_mesh(fsdp=8))[0])
+    came_muon(1e-2).init(on(explicit_mesh(fsdp=8))[0])
 
 
 @pytest.mark.parametrize(
