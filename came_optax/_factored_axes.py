@@ -61,10 +61,9 @@ def is_int(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-def checked_axes(
-    axes: FactoredAxes | None, path: KeyPath, shape: Shape
-) -> FactoredAxes:
+def checked_axes(rule: FactoringRule, path: KeyPath, shape: Shape) -> FactoredAxes:
     """Returns a rule's answer, axes counted from 0, or says what is wrong with it."""
+    axes = rule.axes(path, shape)
     if axes is None:
         return FactoredAxes()
     answer = f"factoring gave {axes!r} for leaf {path_name(path)!r} of shape {shape}"
@@ -104,6 +103,6 @@ def factored_axes(rule: FactoringRule, tree: Any) -> Any:
         shape = jnp.shape(leaf)
         if math.prod(shape) == 0:  # There is nothing to take a mean of.
             return FactoredAxes()
-        return checked_axes(rule.axes(path, shape), path, shape)
+        return checked_axes(rule, path, shape)
 
     return jax.tree.map_with_path(leaf_axes, tree)

@@ -182,7 +182,7 @@ class Stacked:
             )
         axis = self.axis % ndim
         slice_shape = shape[:axis] + shape[axis + 1 :]
-        axes = checked_axes(self.rule.axes(path, slice_shape), path, slice_shape)
+        axes = checked_axes(self.rule, path, slice_shape)
 
         def in_stack(slice_axes: tuple[int, ...]) -> tuple[int, ...]:
             return tuple(a + (a >= axis) for a in slice_axes)

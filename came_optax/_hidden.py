@@ -10,7 +10,7 @@ import jax
 
 from came_optax._boxes import unbox
 from came_optax._checks import check_mask
-from came_optax._factored_axes import FactoredAxes, FactoringRule, checked_axes
+from came_optax._factored_axes import FactoringRule, checked_axes
 from came_optax._paths import KeyPath, path_name
 
 # What Flax, Haiku, Equinox, MaxText, Levanter and Hugging Face call embeddings,
@@ -61,7 +61,7 @@ def hidden_leaves(params: Any, hidden: Any, factoring: FactoringRule) -> Any:
         raise ValueError(f"hidden={hidden!r} names none of the leaves {names}")
 
     def check(path: KeyPath, is_hidden: Any, p: Any) -> None:
-        if is_hidden and not _axes(path, p.shape, factoring).factored:
+        if is_hidden and not checked_axes(factoring, path, p.shape).factored:
             raise ValueError(
                 f"hidden={hidden!r} names leaf {path_name(path)!r} of shape {p.shape}, "
                 f"which is no matrix to {factoring!r}"
@@ -71,15 +71,11 @@ def hidden_leaves(params: Any, hidden: Any, factoring: FactoringRule) -> Any:
     return mask
 
 
-def _axes(path: KeyPath, shape: tuple[int, ...], rule: FactoringRule) -> FactoredAxes:
-    return checked_axes(rule.axes(path, shape), path, shape)
-
-
 def _is_hidden_by_name(
     path: KeyPath, shape: tuple[int, ...], factoring: FactoringRule
 ) -> bool:
     """Returns whether a leaf is a hidden matrix, if ``hidden`` doesn't say."""
-    name, axes = path_name(path), _axes(path, shape, factoring)
+    name, axes = path_name(path), checked_axes(factoring, path, shape)
     one_matrix = axes.factored and len(axes.row + axes.col) == len(shape)
     if _NORM.search(name) and one_matrix:
         kind = "the norms of several layers"

@@ -197,7 +197,7 @@ def orthogonalize(
         return polar
 
     def matrix_axes(path: KeyPath, x: Any) -> FactoredAxes:
-        axes = checked_axes(factoring.axes(path, x.shape), path, x.shape)
+        axes = checked_axes(factoring, path, x.shape)
         if x.size and not axes.factored:
             raise ValueError(
                 f"leaf {path_name(path)!r} of shape {x.shape} is no matrix to "

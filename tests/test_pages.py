@@ -33,38 +33,44 @@ def test_numbers_with_a_spread_are_in_a_table(page):
         assert number in written, number
 
 
+def rows(path):
+    """Returns the cells of a table, row by row."""
+    lines = read(f"docs/results/{path}").splitlines()[2:]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+
+def in_one_line(page):
+    return " ".join(read(page).split())
+
+
 def test_what_is_said_of_models_is_in_the_tables():
-    llama = cells("memory/models.md", "llama-8b ")
+    (llama,) = (row for row in rows("memory/models.md") if row[0] == "llama-8b")
     assert llama[4] == "8.07" and llama[6] == "64.2"
     assert "64.2 GB under AdamW and 8.07 GB under" in read("README.md")
     largest = {
-        row[1].strip(): [float(x.split()[0]) for x in row[2:6] if x.strip()]
-        for line in read("docs/results/memory/largest.md").splitlines()[2:]
-        if (row := line.split("|"))
+        name: [float(x.split()[0]) for x in sizes if x]
+        for name, *sizes in rows("memory/largest.md")
     }
     ours, adamw = largest["steady_came, int8"][1], largest["AdamW"]
-    page = " ".join(read("docs/memory.md").split())
+    page = in_one_line("docs/memory.md")
     assert f"{ours / adamw[0]:.1f} times as large as the largest under AdamW" in page
     assert f"{ours / adamw[1]:.1f} times as large as that under AdamW" in page
 
 
-def cells(path, row):
-    """Returns a row of a table, found by how it begins."""
-    (line,) = re.findall(f"^[|] {row}.*$", read(f"docs/results/{path}"), flags=re.M)
-    return [cell.strip() for cell in line.split("|")[1:-1]]
-
-
 def test_what_is_said_of_a_llama_is_in_the_tables():
-    faq = " ".join(read("docs/faq.md").split())
-    taken = cells("memory/models.md", "llama-1b ")
+    faq = in_one_line("docs/faq.md")
+    (taken,) = (row for row in rows("memory/models.md") if row[0] == "llama-1b")
     assert f"take {taken[6]} GB for the shapes of Llama 3.2 1 B" in faq
     assert f'`mu_dtype="int8"` takes {taken[4]} GB' in faq
     saved = (float(taken[6]) - float(taken[4])) / 16
     assert f"saves each of them {saved:.2f} GB" in faq
-    received = cells("benchmarks/muon_sharded_v5e.md", "FSDP +[|] orth")[5]
+    exchanged = {
+        tuple(row[:2]): row[5] for row in rows("benchmarks/muon_sharded_v5e.md")
+    }
+    received = exchanged["FSDP", "orthogonalize"]
     assert f"receives {received} MB a device under FSDP" in faq
-    share = cells("benchmarks/muon_share.md", "Llama 1 B ")[3]
-    assert f"products are {share.replace('%', ' %')} of a step's" in faq
+    shares = {row[0]: row[3] for row in rows("benchmarks/muon_share.md")}
+    assert f"products are {shares['Llama 1 B'].replace('%', ' %')} of a step's" in faq
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert", "t5"])
@@ -79,25 +85,24 @@ def test_examples_end_where_their_logs_do(name):
 
 
 def test_what_is_said_of_the_updates_share_is_in_the_table():
-    text = read("docs/results/benchmarks/optimizer_share.md")
-    rows = [[cell.strip() for cell in x.split("|")] for x in text.splitlines()[2:]]
-    share = {(row[1], int(row[2])): round(float(row[5].split()[0])) for row in rows}
+    share = {
+        (name, int(tokens)): round(float(part.removesuffix(" %")))
+        for name, tokens, _, _, part in rows("benchmarks/optimizer_share.md")
+    }
     ours, adamw = (
         [share[name, tokens] for tokens in (256, 4096)]
         for name in ("steady_came, float32", "AdamW")
     )
-    faq = " ".join(read("docs/faq.md").split())
+    faq = in_one_line("docs/faq.md")
     assert f"from {ours[0]} % with 256 tokens to {ours[1]} % with 4,096 under" in faq
     assert f"from {adamw[0]} % to {adamw[1]} % under AdamW" in faq
 
 
 def test_what_is_said_of_times_is_in_the_table():
-    table = read("docs/results/benchmarks/update_gpt2.md")
-    rows = [[cell.strip() for cell in x.split("|")] for x in table.splitlines()[2:]]
-    ratios = {row[1]: float(row[3]) for row in rows}
+    ratios = {row[0]: float(row[2]) for row in rows("benchmarks/update_gpt2.md")}
     steady = [ratio for name, ratio in ratios.items() if name.startswith("steady_came")]
     assert len(steady) == 4 and all(2 <= ratio <= 4 for ratio in steady)
-    faq = " ".join(read("docs/faq.md").split())
+    faq = in_one_line("docs/faq.md")
     assert "two to four times AdamW's time, and that of `came_muon` some 65" in faq
     assert round(ratios["came_muon, int8"] / 5) == round(65 / 5)
 
