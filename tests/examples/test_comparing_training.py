@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import compare_optimizers
+from came_optax import came_muon
 from comparing import log, optimizers, protocol, training
 from comparing.protocol import Run
 from comparing.tasks import Splits
@@ -19,6 +20,7 @@ from data.pipeline import Windows
 from models import gpt2
 from task import Task
 from tasks.gpt2 import next_token_loss
+from training.optimizers import decay_mask
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = ROOT / "docs/results/study/protocol.md"
@@ -195,3 +197,35 @@ def test_newton_schulz_is_that_of_optax():
         )
     )
     np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.usefixtures("promotion")
+def test_came_before_is_the_librarys_came_muon():
+    """What is judged is what the call does: five steps, to rounding."""
+    rng = np.random.default_rng(0)
+    shapes = {"embedding": (9, 6), "kernel": (6, 15), "bias": (15,)}
+    settings = {"b1": 0.9, "b2": 0.99, "b3": 0.999, "eps2": 0.01, "weight_decay": 0.1}
+    made = (
+        optimizers.came_muon(lambda _: 0.1, form="came before", rest=3.0, **settings),
+        came_muon(
+            0.1,
+            rest_learning_rate_scale=3.0,
+            **settings,
+            weight_decay_mask=decay_mask,
+            mu_dtype="float32",
+            dtype="float32",
+        ),
+    )
+    params = {name: rng.normal(size=s).astype("f") for name, s in shapes.items()}
+    states = [tx.init(params) for tx in made]
+    for _ in range(5):
+        grads = {name: rng.normal(size=s).astype("f") for name, s in shapes.items()}
+        ours, theirs = (
+            tx.update(grads, state, params)
+            for tx, state in zip(made, states, strict=True)
+        )
+        states = ours[1], theirs[1]
+        for name in shapes:
+            np.testing.assert_allclose(
+                ours[0][name], theirs[0][name], rtol=1e-4, atol=1e-6
+            )
