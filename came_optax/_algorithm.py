@@ -33,7 +33,7 @@ Arrays = TypeVar("Arrays")
     data_fields=["b1", "b2", "b3", "eps1", "eps2", "clip", "update_clip"],
     meta_fields=["nesterov"],
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Hyperparameters:
     """The paper's β, ε and d, real scalars, and two options beyond it."""
 

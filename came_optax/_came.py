@@ -11,9 +11,7 @@ import optax
 from jax.typing import ArrayLike
 
 from came_optax._algorithm import Hyperparameters
-from came_optax._checks import (
-    check_scalar,
-)
+from came_optax._checks import check_scalar
 from came_optax._factored_axes import FactoringRule
 from came_optax._factoring import LastTwoAxes
 from came_optax._momentum import MuDtype
@@ -81,9 +79,11 @@ def came(
       eps2: added to the instability, :math:`\varepsilon_2`; ≥ 1e-30.
       clipping_threshold: largest root mean square of u, :math:`d`; > 0, or None.
       weight_decay: decoupled weight decay :math:`\lambda`, multiplied by the learning
-        rate; if not 0, ``update`` needs ``params``.
+        rate; if not 0, ``update`` needs ``params``. For a schedule, see
+        ``optax.inject_hyperparams``.
       weight_decay_mask: a tree of bools (or a function from parameters to one) that is
-        True where weight decay applies, as in ``optax.add_decayed_weights``.
+        True where weight decay applies, as in ``optax.add_decayed_weights``. For
+        ``optax.inject_hyperparams`` name a function in ``static_args``.
       factoring: which axes of each leaf are rows and columns: by default its last two.
         Attention kernels of three axes need :class:`BalancedSplit`.
       mu_dtype: how momentum is stored: ``"float32"`` (float64 for float64 parameters),
@@ -125,14 +125,14 @@ def came(
     transform = came_transform(
         "came",
         Hyperparameters(
-            b1,
-            b2,
-            b3,
-            eps1,
-            eps2,
-            clipping_threshold,
-            update_clipping_threshold,
-            nesterov,
+            b1=b1,
+            b2=b2,
+            b3=b3,
+            eps1=eps1,
+            eps2=eps2,
+            clip=clipping_threshold,
+            update_clip=update_clipping_threshold,
+            nesterov=nesterov,
         ),
         bias_correction,
         factoring,

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from came_optax._boxes import unbox
 from came_optax._paths import KeyPath, path_name
 
 
@@ -78,13 +79,27 @@ def check_flag(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
-def check_mask(name: str, mask: Any, tree: Any) -> None:
-    """Raises unless ``mask`` is a tree of bools, or a prefix of one, for ``tree``."""
+def checked_mask(name: str, mask: Any, params: Any) -> Any:
+    """Returns a tree of bools structured as the parameters without boxes.
+
+    Args:
+      name: the argument's.
+      mask: such a tree, or a prefix of one, in boxes or not; or a function from
+        parameters to one. A module is a tree, even if it can be called.
+      params: the parameters, as the function is to see them.
+
+    Raises:
+      TypeError: something in it is no bool.
+      ValueError: it has another structure.
+    """
+    if callable(mask) and all(map(callable, jax.tree.leaves(mask))):
+        mask = mask(params)
+    mask, arrays = unbox(mask), unbox(params)
     for path, leaf in jax.tree.leaves_with_path(mask):
         if not isinstance(leaf, bool | np.bool_):
             raise TypeError(f"{name} has {leaf!r} at {path_name(path)!r}, not a bool")
     try:
-        jax.tree.map(lambda *_: None, mask, tree)
+        return jax.tree.broadcast(mask, arrays)
     except ValueError as error:
         raise ValueError(f"{name} does not fit the parameters: {error}") from error
 

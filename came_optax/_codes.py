@@ -33,6 +33,9 @@ _STEP_STRIDE = np.uint32(0x9E3779B9)
 class Codes(NamedTuple):
     """A leaf of the momentum in 8 or 4 bits.
 
+    What they stand for is in the state that :func:`convert_state` makes for the same
+    optimizer with ``mu_dtype=None``.
+
     Attributes:
       values: codes from −127 to 127, int8, of the leaf's shape; or from −7 to 7, two to
         a byte, uint8, of the leaf's shape with one axis halved.
@@ -164,7 +167,9 @@ def _thresholds(
     turn = (rows < 0).astype(jnp.uint32) + count.astype(jnp.uint32) * _STEP_STRIDE
     turn = turn + _places(rows, of_rows, _ROW_STRIDE)
     turn = turn + _places(cols, of_cols, _COL_STRIDE)
-    thresholds: jax.Array = (turn >> 8).astype(x.dtype) * 2.0**-24
+    # So few bits that the largest code and the largest threshold have an exact sum in
+    # float32, below the next code.
+    thresholds: jax.Array = (turn >> 15).astype(x.dtype) * 2.0**-17
     return thresholds
 
 

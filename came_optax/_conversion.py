@@ -42,7 +42,9 @@ def convert_state(
     - Adam to CAME: momentum is :math:`\mu / \sqrt{\nu}`, with a root mean square of at
       most 1, as CAME averages gradients over their root mean square; the second moment
       is means of :math:`\nu`; the instability is 1: no confidence yet. CAME's own count
-      is 10⁷, as averages that did not start at zero must not be corrected.
+      is 10⁷, as averages that did not start at zero must not be corrected: before
+      some :math:`1 / (1 - \beta_2)` steps of Adam, the first of CAME's are too long.
+      AdaMax has states of Adam's class that hold no second moment: don't convert them.
     - ``optax.contrib.muon`` to :func:`came_muon`: hidden matrices' momentum, over a
       root mean square that each of them has as a whole; the rest as from Adam.
     - CAME to Adam: :math:`\nu` is the outer product of rows and columns, and

@@ -38,8 +38,8 @@ def _set(instance: Any, **fields: Any) -> None:
 class LastTwoAxes:
     """Factors the last two axes of every leaf of two or more dimensions.
 
-    This is what the authors' code does; the leading axes are batch axes. Attention
-    kernels of Flax, ``(d, heads, head_dim)``, so become ``d`` small matrices:
+    This is what the authors' code does; the leading axes are batch axes. So attention
+    kernels of Flax, ``(d, heads, head_dim)``, become ``d`` small matrices:
     :class:`BalancedSplit` reads them as the matrix that they are in PyTorch.
 
     Attributes:
@@ -134,7 +134,7 @@ class BalancedSplit:
         return FactoredAxes(axes[:split], axes[split:])
 
 
-@dataclasses.dataclass(frozen=True, init=False)
+@dataclasses.dataclass(frozen=True)
 class Stacked:
     """Applies ``rule`` to each slice of leaves that stack independent parameters.
 
@@ -154,21 +154,16 @@ class Stacked:
       FactoredAxes(row=(1,), col=(2,), stack=(0,))
     """
 
-    rule: FactoringRule
-    axis: int
-    where: str
+    rule: FactoringRule = LastTwoAxes()
+    axis: int = 0
+    where: str = ""
 
-    def __init__(
-        self,
-        rule: FactoringRule = LastTwoAxes(),
-        axis: int = 0,
-        where: str = "",
-    ) -> None:
-        if not is_int(axis):
-            raise TypeError(f"Stacked(axis=...) must be an int, got {axis!r}")
-        check_regex(where, "Stacked(where=...)")
-        check_rule(rule, "Stacked(rule=...)")
-        _set(self, rule=rule, axis=int(axis), where=where)
+    def __post_init__(self) -> None:
+        if not is_int(self.axis):
+            raise TypeError(f"Stacked(axis=...) must be an int, got {self.axis!r}")
+        check_regex(self.where, "Stacked(where=...)")
+        check_rule(self.rule, "Stacked(rule=...)")
+        _set(self, axis=int(self.axis))
 
     def axes(self, path: KeyPath, shape: Shape) -> FactoredAxes | None:
         """See :class:`FactoringRule`."""

@@ -8,10 +8,9 @@ from typing import Any
 
 import jax
 
-from came_optax._boxes import unbox
-from came_optax._checks import check_mask
+from came_optax._checks import checked_mask
 from came_optax._factored_axes import FactoringRule, checked_axes
-from came_optax._paths import KeyPath, path_name
+from came_optax._paths import KeyPath, path_name, some_names
 
 # What Flax, Haiku, Equinox, MaxText, Levanter and Hugging Face call embeddings,
 # positions, heads, and the vectors of norms and biases.
@@ -53,12 +52,17 @@ def hidden_leaves(params: Any, hidden: Any, factoring: FactoringRule) -> Any:
             lambda path, _: bool(re.search(hidden, path_name(path))), params
         )
     else:
-        mask = hidden(params) if callable(hidden) else hidden
-        check_mask("hidden", mask, params)
-        mask = jax.tree.broadcast(unbox(mask), params)
+        mask = checked_mask("hidden", hidden, params)
     if jax.tree.leaves(params) and not any(jax.tree.leaves(mask)):
-        names = [path_name(path) for path, _ in jax.tree.leaves_with_path(params)]
-        raise ValueError(f"hidden={hidden!r} names none of the leaves {names}")
+        paths = [path for path, _ in jax.tree.leaves_with_path(params)]
+        if hidden is None:
+            raise ValueError(
+                f"none of the leaves {some_names(paths)} is a hidden matrix by its "
+                "name and shape: say which are with hidden=..."
+            )
+        raise ValueError(
+            f"hidden={hidden!r} names none of the leaves {some_names(paths)}"
+        )
 
     def check(path: KeyPath, is_hidden: Any, p: Any) -> None:
         if is_hidden and not checked_axes(factoring, path, p.shape).factored:
@@ -77,7 +81,8 @@ def _is_hidden_by_name(
     """Returns whether a leaf is a hidden matrix, if ``hidden`` doesn't say."""
     name, axes = path_name(path), checked_axes(factoring, path, shape)
     one_matrix = axes.factored and len(axes.row + axes.col) == len(shape)
-    if _NORM.search(name) and one_matrix:
+    module_and_name = "/".join(name.split("/")[-2:])  # Not a linear layer in a norm.
+    if _NORM.search(module_and_name) and one_matrix:
         kind = "the norms of several layers"
     elif _EXPERTS.search(name) and one_matrix and len(shape) > 2:
         kind = "several experts"

@@ -47,18 +47,22 @@ def init(p: Any, axes: FactoredAxes, mu_dtype: str, fields: tuple[str, ...]) -> 
     return Leaf(mu=mu, **statistics)
 
 
-def check(path: KeyPath, g: Any, leaf: Leaf, axes: FactoredAxes, mu_dtype: str) -> Any:
-    """Returns the dtype of the arithmetic on a leaf: float32, or float64.
-
-    It is that of the state, whatever the gradient's.
-
-    Raises:
-      TypeError: ``init`` makes no arrays of such dtypes for the leaf.
-      ValueError: or of such shapes.
-    """
+def arithmetic_dtype(leaf: Leaf) -> Any:
+    """Returns float32 or float64: that of the state, whatever the gradient's."""
     wide = (jnp.float64, jnp.complex128)
     is_wide = any(x.dtype in wide for x in jax.tree.leaves(leaf))
-    dtype = jnp.float64 if is_wide else jnp.float32
+    return jnp.float64 if is_wide else jnp.float32
+
+
+def check(
+    path: KeyPath, g: Any, leaf: Leaf, axes: FactoredAxes, mu_dtype: str, dtype: Any
+) -> None:
+    """Raises unless ``init`` makes such arrays for a leaf of that arithmetic.
+
+    Raises:
+      TypeError: not of such dtypes.
+      ValueError: not of such shapes.
+    """
     like = jax.ShapeDtypeStruct(g.shape, jnp.result_type(_upcast_dtype(g, dtype)))
     means = _means(axes)
     for name, x in leaf._asdict().items():
@@ -67,7 +71,6 @@ def check(path: KeyPath, g: Any, leaf: Leaf, axes: FactoredAxes, mu_dtype: str) 
         elif x is not None:
             shape, dtypes = kept_shape(g.shape, means[name]), (jnp.float32, jnp.float64)
             check_array(name, path, x, shape, dtypes, like, "this factoring")
-    return dtype
 
 
 def update(
@@ -78,11 +81,11 @@ def update(
     count: jax.Array,
     axes: FactoredAxes,
     dtype: Any,
-    after: jax.Array,
+    token: jax.Array,
 ) -> tuple[jax.Array, Leaf]:
     """Returns one leaf's update, in the dtype of the arithmetic, and its new arrays.
 
-    ``after`` is what :func:`known` says of the leaf before.
+    ``token`` is the :func:`next_token` of the leaf before.
     """
     new: tuple[jax.Array, Leaf] = _update(
         jnp.asarray(g).astype(_upcast_dtype(g, dtype)),
@@ -90,27 +93,27 @@ def update(
         h,
         seen,
         count,
-        after,
+        token,
         axes=axes,
         by_platform=tuple(schedules.BY_PLATFORM.items()),
     )
     return new
 
 
-def known(leaf: Leaf, before: jax.Array) -> jax.Array:
+def next_token(leaf: Leaf, token: jax.Array) -> jax.Array:
     """Returns a number ≥ 0, shape (), that is known once the momentum can be stored.
 
-    Or else ``before``: of momentum that is stored as it is computed.
+    Where momentum is stored as it is computed, it is the token of the leaf before.
     """
     mu, last = leaf.mu, None
     if isinstance(mu, Codes):
         last = mu.row_scale
     elif mu is not None and mu.dtype == jnp.bfloat16:
         last = leaf.s_row
-    return before if last is None else jnp.mean(last.astype(before.dtype))
+    return token if last is None else jnp.mean(last.astype(token.dtype))
 
 
-def hyperparameters(h: Hyperparameters, dtype: Any) -> Hyperparameters:
+def cast_hyperparameters(h: Hyperparameters, dtype: Any) -> Hyperparameters:
     """Returns them as arrays; until now Python numbers still are that."""
     cast: Hyperparameters = jax.tree.map(
         lambda x: x.astype(dtype) if isinstance(x, jax.Array) else np.asarray(x, dtype),
@@ -127,7 +130,7 @@ def _upcast_dtype(g: Any, dtype: Any) -> Any:
 
 
 # Inlined, as XLA:GPU fuses what was a call differently, and moves more memory. Traced
-# once for each shape.
+# once for each shape, and for other schedules anew.
 @functools.partial(jax.jit, static_argnames=("axes", "by_platform"), inline=True)
 def _update(
     g: jax.Array,
@@ -135,7 +138,7 @@ def _update(
     h: Hyperparameters,
     seen: Seen | None,
     count: jax.Array,
-    after: jax.Array,
+    token: jax.Array,
     *,
     axes: FactoredAxes,
     by_platform: Any,
@@ -149,7 +152,7 @@ def _update(
     # Real numbers scale complex leaves.
     with jax.numpy_dtype_promotion("standard"):
         new: tuple[jax.Array, Leaf] = jax.lax.platform_dependent(
-            *(g, leaf, h, seen, count, after), **branches, default=by(schedules.PLAIN)
+            *(g, leaf, h, seen, count, token), **branches, default=by(schedules.PLAIN)
         )
     return new
 
@@ -161,7 +164,7 @@ def _by_schedule(
     h: Hyperparameters,
     seen: Seen | None,
     count: jax.Array,
-    after: jax.Array,
+    token: jax.Array,
     *,
     axes: FactoredAxes,
 ) -> tuple[jax.Array, Leaf]:
@@ -185,7 +188,8 @@ def _by_schedule(
         h,
         axes,
         seen,
-        momentum.Storage(g, axes, count, after),
+        momentum.Storage(g, axes, count),
+        token,
     )
     leaf = leaf._replace(mu=new_mu)
     return delta, leaf if s is None else leaf._replace(s_row=s.row, s_col=s.col)

@@ -59,8 +59,9 @@ class Target(NamedTuple):
     s: Any
 
 
-def read(p: jax.Array, leaf: Leaf, kept: Leaf) -> Moments:
+def read(p: jax.Array, leaf: Leaf, kept: Leaf, new_kept: Leaf) -> Moments:
     """Reads a leaf of this library's states."""
+    del new_kept
     m = None
     if "mu" in leaf:
         like = p.astype(wide_dtype(p.dtype))
@@ -112,9 +113,9 @@ def _axes_of_codes(p: jax.Array, kept: Any) -> FactoredAxes:
     return FactoredAxes(lost_axes(p.ndim, kept.col_scale), over_col)
 
 
-def _read_adam(p: jax.Array, leaf: Leaf, kept: Leaf) -> Moments:
+def _read_adam(p: jax.Array, leaf: Leaf, kept: Leaf, new_kept: Leaf) -> Moments:
     """CAME's momentum of Adam's: over the root mean square, itself of at most 1."""
-    del kept
+    del kept, new_kept
     v = jnp.real(leaf["nu"]).astype(real_dtype(p.dtype))
     m = leaf["mu"].astype(wide_dtype(p.dtype))
     m = m * jnp.where(v > 0, jax.lax.rsqrt(jnp.where(v > 0, v, 1)), 0)
@@ -129,7 +130,7 @@ def _write_adam(moments: Moments, to: Target) -> Leaf:
     }
 
 
-def _read_muon(p: jax.Array, leaf: Leaf, kept: Leaf) -> Moments:
+def _read_muon(p: jax.Array, leaf: Leaf, kept: Leaf, new_kept: Leaf) -> Moments:
     """CAME's momentum of Muon's: over a root mean square that all of a matrix share.
 
     Muon knows none. That of gradients is as if they were noise, of which an average
@@ -137,13 +138,21 @@ def _read_muon(p: jax.Array, leaf: Leaf, kept: Leaf) -> Moments:
     """
     del kept
     m = leaf["mu"].astype(wide_dtype(p.dtype))
-    square = jnp.mean(jnp.abs(m) ** 2, axis=(-2, -1)[-m.ndim :], keepdims=True)
+    matrix = [
+        axis
+        for name in ("v_row", "v_col")
+        if new_kept.get(name)
+        for axis in lost_axes(p.ndim, new_kept[name])
+    ]
+    square = jnp.mean(
+        jnp.abs(m) ** 2, tuple(matrix) or (-2, -1)[-m.ndim :], keepdims=True
+    )
     v = 39 * jnp.broadcast_to(square, m.shape)
     return Moments(m * jnp.where(v > 0, jax.lax.rsqrt(jnp.where(v > 0, v, 1)), 0), v)
 
 
-def _read_ema(p: jax.Array, leaf: Leaf, kept: Leaf) -> Moments:
-    return read(p, {"mu": leaf["ema"]}, {"mu": kept["ema"]})
+def _read_ema(p: jax.Array, leaf: Leaf, kept: Leaf, new_kept: Leaf) -> Moments:
+    return read(p, {"mu": leaf["ema"]}, {"mu": kept["ema"]}, new_kept)
 
 
 def _write_ema(moments: Moments, to: Target) -> Leaf:
@@ -157,14 +166,15 @@ class Kind(NamedTuple):
       family: states of one family can become each other.
       algorithm: states of one algorithm go on counting in each other. In another, the
         averages are taken for what they are, without a start at zero to correct.
-      read: returns the moments that a leaf, which has these axes of its parameter, has.
+      read: returns the moments of a leaf whose arrays have some axes of its parameter,
+        for one whose arrays will have others.
       write: returns the leaf that has these moments; None if no state but one of the
         kind becomes one of it.
     """
 
     family: str
     algorithm: str
-    read: Callable[[jax.Array, Leaf, Leaf], Moments] = read
+    read: Callable[[jax.Array, Leaf, Leaf, Leaf], Moments] = read
     write: Callable[[Moments, Target], Leaf] | None = write
 
 
@@ -211,7 +221,7 @@ def convert(
                 if old_kept[name] == kept[name] and _alike(x, like[name])
             }
         if len(leaf) < len(like):
-            moments = KINDS[source.kind].read(params[path], old, old_kept)
+            moments = KINDS[source.kind].read(params[path], old, old_kept, kept)
             target = Target(params[path], like, kept, count, s)
             leaf = kind.write(moments, target) | leaf
         for name, stored in leaf.items():

@@ -76,9 +76,9 @@ def with_master_weights(
       tx: the optimizer, with learning rate and weight decay. Gradients that
         ``optax.MultiSteps`` accumulates reach it in float32 if that is inside, but
         rounded to the parameters' dtype if that is around this.
-      bits: of a weight: 32, on 2 bytes of state a parameter, for float32 to the last
-        bit; 24, on 1 byte, or 16, on none, where a weight is rounded up or down by
-        turns, so that on average it is where its steps add up to.
+      bits: of a weight. 32 is float32 to the last bit, on 2 bytes of state a
+        parameter. 24 takes 1 byte, and 16 none: weights are then rounded up at some
+        steps and down at others, and are exact on average.
 
     Returns:
       A transformation with state :class:`MasterWeightsState`. ``update`` needs
@@ -180,21 +180,34 @@ def master_weights(params: optax.Params, state: optax.OptState) -> optax.Params:
 
     Args:
       params: the parameters.
-      state: of :func:`with_master_weights`, or of what that is part of.
+      state: of :func:`with_master_weights`, or of what that is part of, such as a
+        chain, ``optax.masked`` or ``optax.partition``.
 
     Returns:
       The parameters with their remainders; those without one are as they are.
 
     Raises:
-      KeyError: there are no remainders in ``state``, or several trees of them.
+      KeyError: there are no remainders in ``state``, or several of one parameter.
     """
-    remainder = optax.tree.get(state, "remainder")
-    if remainder is None:
+
+    def is_of_weights(x: Any) -> bool:
+        return isinstance(x, MasterWeightsState)
+
+    states = filter(is_of_weights, jax.tree.leaves(state, is_leaf=is_of_weights))
+    remainders = [boxes.unbox(boxes.open_empty(s.remainder)) for s in states]
+    if not remainders:
         raise KeyError("there is no state of with_master_weights in the state")
+
+    def whole(path: KeyPath, p: Any, *of_states: Any) -> Any:
+        own = [r for r in of_states if not isinstance(r, optax.MaskedNode)]
+        if len(own) > 1:
+            raise KeyError(f"the state has several remainders of {path_name(path)!r}")
+        return join(p, *own) if own else p
+
     arrays = boxes.unbox(params)
-    weights = jax.tree.map(join, arrays, boxes.unbox(remainder))
-    whole: optax.Params = boxes.box_like(params, weights)
-    return whole
+    weights = jax.tree.map_with_path(whole, arrays, *remainders)
+    joined: optax.Params = boxes.box_like(params, weights)
+    return joined
 
 
 def split_weights(

@@ -1,5 +1,6 @@
 """How the first moment is stored between steps: as an array, or as codes."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -33,19 +34,27 @@ _BITS = {"int8": 8, "int4": 4}
 _MIN_CODED_SIZE = 4096
 
 
+BY_NAME = " (optax.inject_hyperparams calls a dtype: give its name)"
+
+
 def dtype_name(mu_dtype: Any) -> str:
     """Returns the name of a dtype that momentum can be stored as; None is float32.
 
     Raises:
       ValueError: it can't.
     """
-    try:
-        name = "float32" if mu_dtype is None else jnp.dtype(mu_dtype).name
-    except TypeError:
-        name = None
-    if name not in _DTYPES or isinstance(mu_dtype, jax.Array):
+    is_array, name = isinstance(mu_dtype, jax.Array), None
+    if mu_dtype is None:
+        name = "float32"
+    elif not is_array:
+        with contextlib.suppress(TypeError):
+            name = jnp.dtype(mu_dtype).name
+    if name not in _DTYPES:
         allowed = ", ".join(map(repr, _DTYPES))
-        raise ValueError(f"mu_dtype must be one of {allowed} or None, got {mu_dtype!r}")
+        hint = BY_NAME if is_array else ""
+        raise ValueError(
+            f"mu_dtype must be one of {allowed} or None, got {mu_dtype!r}{hint}"
+        )
     return name
 
 
@@ -121,13 +130,11 @@ class Storage(NamedTuple):
       like: the leaf, in the dtype of the step's arithmetic.
       axes: the leaf's axes.
       step: number of updates with this one; shape (), int32.
-      after: what :func:`came_optax._leaf.known` says of the leaf before.
     """
 
     like: jax.Array
     axes: FactoredAxes
     step: jax.Array
-    after: jax.Array | None = None
 
     def in_place(self, stored: Stored) -> bool:
         """Returns whether momentum is stored as it is computed."""

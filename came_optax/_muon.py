@@ -42,12 +42,12 @@ def came_muon(
     mu_dtype: MuDtype = "int8",
     nesterov: bool = True,
     bias_correction: bool = True,
-    ns_coeffs: str | Sequence[Sequence[float]] = "standard",
+    ns_coeffs: str | Sequence[float] | Sequence[Sequence[float]] = "standard",
     consistent_rms: ArrayLike | None = 0.2,
-    dtype: DTypeLike | None = None,
+    ns_dtype: DTypeLike | None = None,
     params_sharding: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Muon's loss on a byte of state a parameter: CAME's update, orthogonalised.
+    r"""Muon's kind of update on a byte of state a parameter: CAME's, orthogonalised.
 
     Hidden matrices are updated by :func:`scale_by_came`, whose update is then brought
     to orthogonality (:func:`orthogonalize`); embeddings, heads, positions and vectors
@@ -91,13 +91,15 @@ def came_muon(
         None.
       weight_decay: decoupled weight decay of all leaves, multiplied by their learning
         rate; if not 0, ``update`` needs ``params``.
-      weight_decay_mask: a tree of bools (or a function from parameters to one) that is
-        True where weight decay applies.
+      weight_decay_mask: as in :func:`came`. A function is called with one group's
+        leaves at a time, ``optax.MaskedNode()`` in place of the others: let it use
+        ``jax.tree.map``.
       hidden: which leaves are hidden matrices: a regular expression, searched in each
         leaf's path written as ``"blocks/0/up/kernel"``, a tree of bools (or a prefix of
-        one), or a function from parameters to one, which goes into the ``static_args``
-        of ``optax.inject_hyperparams``. It must name at least one leaf, and none that
-        the rule does not factor.
+        one), or a function to one from parameters, or from anything of their paths and
+        shapes: in ``update`` it is called with gradients. For
+        ``optax.inject_hyperparams`` name it in ``static_args``. It must name at least
+        one leaf, and none that the rule does not factor.
       rest_learning_rate_scale: the learning rate of all other leaves, as a multiple of
         ``learning_rate``; ≥ 0.
       factoring: which axes of each leaf are rows and columns, of its statistics and of
@@ -113,7 +115,7 @@ def came_muon(
       ns_coeffs: the iteration's coefficients; see :func:`orthogonalize`.
       consistent_rms: root mean square of a hidden matrix's update, before learning rate
         and weight decay; see :func:`orthogonalize`.
-      dtype: the iteration's; see :func:`orthogonalize`.
+      ns_dtype: the iteration's; see ``dtype`` of :func:`orthogonalize`.
       params_sharding: the parameters' on a mesh of ``Auto`` axes, so that its devices
         share the iteration; see :func:`orthogonalize`.
 
@@ -161,7 +163,15 @@ def came_muon(
     matrices = transformation(
         came_transform(
             "came_muon",
-            Hyperparameters(b1, b2, b3, eps1, eps2, clipping_threshold, None, nesterov),
+            Hyperparameters(
+                b1=b1,
+                b2=b2,
+                b3=b3,
+                eps1=eps1,
+                eps2=eps2,
+                clip=clipping_threshold,
+                nesterov=nesterov,
+            ),
             bias_correction,
             factoring,
             mu_dtype,
@@ -170,7 +180,7 @@ def came_muon(
             factoring=factoring,
             ns_coeffs=ns_coeffs,
             consistent_rms=consistent_rms,
-            dtype=dtype,
+            dtype=ns_dtype,
             params_sharding=params_sharding,
         ),
         add_decayed_weights(weight_decay, weight_decay_mask),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,11 +24,13 @@ from came_optax._factored_axes import (
     checked_axes,
 )
 from came_optax._factoring import BalancedSplit
+from came_optax._momentum import BY_NAME
 from came_optax._newton_schulz import Coefficients, polar_factors
 from came_optax._newton_schulz_on_mesh import polar_factors_on_mesh
 from came_optax._paths import KeyPath, path_name
 from came_optax._sharding import is_sharding
 from came_optax._unmatched import warn_of_unmatched
+from came_optax._warning import warn
 
 # Of x ↦ ax + bx³ + cx⁵, one triple for each step.
 _PRESETS: dict[str, Coefficients] = {
@@ -51,7 +52,7 @@ _PRESETS: dict[str, Coefficients] = {
 def orthogonalize(
     *,
     factoring: FactoringRule = BalancedSplit(),
-    ns_coeffs: str | Sequence[Sequence[float]] = "standard",
+    ns_coeffs: str | Sequence[float] | Sequence[Sequence[float]] = "standard",
     consistent_rms: ArrayLike | None = 0.2,
     dtype: DTypeLike | None = None,
     params_sharding: Any = None,
@@ -65,7 +66,8 @@ def orthogonalize(
 
         X \leftarrow a X + (b X X^\top + c (X X^\top)^2) X,
 
-    of wide and tall matrices two steps at once: they share the products with X.
+    For matrices that are not near square, two steps are computed at once, on the Gram
+    matrix.
 
     Which axes are its rows and its columns, the factoring rule says; all others, those
     of a stack too, index a batch of matrices, each of which is orthogonalised alone.
@@ -82,8 +84,8 @@ def orthogonalize(
       ns_coeffs: :math:`(a, b, c)` of each step, or the name of a preset of five steps:
         ``"standard"``, Jordan's, which brings singular values of 0.006 and more (times
         the norm) to between 0.68 and 1.21, or ``"polar_express"``, which brings those
-        of 0.001 and more to between 0.84 and 1.13. Three of Jordan's steps are
-        ``((3.4445, -4.7750, 2.0315),) * 3``.
+        of 0.001 and more to between 0.84 and 1.13. One triple alone is that of five
+        steps; three of Jordan's are ``((3.4445, -4.7750, 2.0315),) * 3``.
       consistent_rms: root mean square of the update of a matrix of full rank:
         :math:`U V^\top` is multiplied by it and :math:`\sqrt{\max(rows, columns)}`.
         With 0.2 updates are as large as AdamW's. None is Jordan's
@@ -123,9 +125,12 @@ def orthogonalize(
     check_rule(factoring)
     coeffs = _checked_coeffs(ns_coeffs)
     check_threshold("consistent_rms", consistent_rms)
-    is_array = isinstance(dtype, jax.Array)  # By inject_hyperparams, of jnp.bfloat16.
+    is_array = isinstance(dtype, jax.Array)
     if dtype is not None and (is_array or not jnp.issubdtype(dtype, jnp.floating)):
-        raise ValueError(f"dtype must be a real floating dtype or None, got {dtype!r}")
+        raise ValueError(
+            f"dtype must be a real floating dtype or None, got {dtype!r}"
+            f"{BY_NAME if is_array else ''}"
+        )
 
     sharding = dict(
         jax.tree.leaves_with_path(unbox(params_sharding), is_leaf=is_sharding)
@@ -135,11 +140,10 @@ def orthogonalize(
         jax.tree.map_with_path(matrix_axes, unbox(params))
         warn_of_unmatched(factoring, unbox(params))
         if params_sharding is None and any(map(_on_auto_axes, jax.tree.leaves(params))):
-            warnings.warn(
+            warn(
                 "the parameters are on a mesh of Auto axes, and params_sharding isn't "
                 "given: each device orthogonalizes all matrices, or exchanges "
-                "something in each product",
-                stacklevel=2,
+                "something in each product"
             )
         return optax.EmptyState()
 
@@ -150,7 +154,7 @@ def orthogonalize(
         **_: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
-        check_inexact("updates", updates)
+        check_inexact("updates", unbox(updates))
         paths, leaves = [], []
         for path, x in jax.tree.leaves_with_path(unbox(updates)):
             paths.append(path)
@@ -277,9 +281,12 @@ def _checked_coeffs(ns_coeffs: Any) -> Coefficients:
     if isinstance(ns_coeffs, str) and ns_coeffs in _PRESETS:
         return _PRESETS[ns_coeffs]
     given = np.asarray(ns_coeffs)
+    if given.shape == (3,):
+        given = np.tile(given, (5, 1))
     if given.dtype.kind not in "fi" or given.ndim != 2 or given.shape[1] != 3:
         raise ValueError(
-            f"ns_coeffs must be {' or '.join(map(repr, _PRESETS))}, or a sequence of "
-            f"triples of numbers, one for each step, got {ns_coeffs!r}"
+            f"ns_coeffs must be {' or '.join(map(repr, _PRESETS))}, a triple of "
+            "numbers, or a sequence of triples, one for each step, got "
+            f"{ns_coeffs!r}"
         )
     return tuple((float(a), float(b), float(c)) for a, b, c in given)

@@ -4,7 +4,7 @@ To rules, tables and errors alike, paths are those in a tree without boxes: ``ke
 not ``kernel/value``.
 """
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -18,17 +18,26 @@ def path_name(path: KeyPath) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def some_names(paths: Sequence[KeyPath]) -> str:
+    """Returns the first names of leaves, for a message."""
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return ", ".join(repr(path_name(path)) for path in paths[:3]) + more
+
+
 def owner(path: KeyPath, params: Container[KeyPath]) -> tuple[KeyPath | None, str]:
     """Returns a state array's parameter, and the name of the field that it is part of.
 
     The parameter's path is the longest end of the array's own path that is one. Codes
     have a field more in theirs, before or after a box's.
     """
-    plain = tuple(key for key in path[-2:] if not _is_field_of_codes(key))
-    for whole in (path, path[:-2] + plain):
-        for i in range(len(whole) + 1):
-            if whole[i:] in params:
-                return whole[i:], path_name(whole[i - 1 : i])
+    ends = [path]
+    for at in range(max(len(path) - 2, 0), len(path)):
+        if _is_field_of_codes(path[at]):
+            ends.append(path[:at] + path[at + 1 :])
+    for i in range(len(path) + 1):
+        for end in ends:
+            if end[i:] in params:
+                return end[i:], path_name(end[i - 1 : i])
     return None, ""
 
 

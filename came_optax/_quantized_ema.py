@@ -45,8 +45,9 @@ def quantized_ema(
         \Delta &= m
             \quad\text{or, with Nesterov momentum,}\quad \beta m + (1 - \beta) u
 
-    ``optax.ema`` with the storage, the sharding and the checks of :func:`came`. Before
-    :func:`orthogonalize` it makes Muon on a byte of state a parameter.
+    ``optax.ema`` with the storage, the sharding and the checks of :func:`came`; but
+    ``debias`` is off unless asked for. Before :func:`orthogonalize` it makes Muon on a
+    byte of state a parameter.
 
     Args:
       decay: decay rate :math:`\beta`; 0 ≤ decay < 1.

@@ -84,7 +84,8 @@ def state_sharding(
     }
 
     def place(path: KeyPath, x: Any, spec: PartitionSpec) -> NamedSharding:
-        kind = kinds_of_memory.get(owner(path, kinds_of_memory)[0] or path)
+        of, _ = owner(path, kinds_of_memory)
+        kind = None if of is None else kinds_of_memory[of]
         return NamedSharding(
             mesh, _dividing(spec, x.shape, mesh.shape), memory_kind=kind
         )

@@ -157,29 +157,24 @@ def _update(
 
     @functools.cache
     def numbers(dtype: Any) -> tuple[Hyperparameters, algorithm.Seen | None]:
-        h = leaf.hyperparameters(transform.hyperparameters, dtype)
+        h = leaf.cast_hyperparameters(transform.hyperparameters, dtype)
         corrected = transform.bias_correction
         seen = algorithm.seen_after(count.astype(dtype), h) if corrected else None
         return h, seen
 
-    new_updates, leaves, after = [], [], jnp.zeros([], jnp.float32)
+    new_updates, leaves, token = [], [], jnp.zeros([], jnp.float32)
     for (path, g), leaf_axes, *arrays in zip(
         jax.tree.leaves_with_path(updates), axes, *columns, strict=True
     ):
         old = leaf.Leaf(**dict(zip(trees, arrays, strict=True)))
-        dtype = leaf.check(path, g, old, leaf_axes, transform.mu_dtype)
+        dtype = leaf.arithmetic_dtype(old)
+        leaf.check(path, g, old, leaf_axes, transform.mu_dtype, dtype)
         u, new = g, old
         if g.size > 0:
             u, new = leaf.update(
-                g,
-                old,
-                *numbers(dtype),
-                count,
-                leaf_axes,
-                dtype,
-                after,
+                g, old, *numbers(dtype), count, leaf_axes, dtype, token
             )
-            after = leaf.known(new, after)
+            token = leaf.next_token(new, token)
         new_updates.append(u)
         leaves.append(new)
     return (

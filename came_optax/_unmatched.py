@@ -1,7 +1,6 @@
 """A warning about regular expressions of a rule that no leaf's path matches."""
 
 import re
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +9,8 @@ import optax
 
 from came_optax._factored_axes import FactoringRule
 from came_optax._factoring import ByPath, Stacked
-from came_optax._paths import path_name
+from came_optax._paths import path_name, some_names
+from came_optax._warning import warn
 
 
 def warn_of_unmatched(rule: FactoringRule, params: Any) -> None:
@@ -19,16 +19,13 @@ def warn_of_unmatched(rule: FactoringRule, params: Any) -> None:
     Where some leaves are masked nothing is said: they may be what is meant.
     """
     leaves = jax.tree.leaves_with_path(params, is_leaf=_is_masked)
-    names = [path_name(path) for path, _ in leaves]
-    if not names or any(_is_masked(leaf) for _, leaf in leaves):
+    paths = [path for path, _ in leaves]
+    if not paths or any(_is_masked(leaf) for _, leaf in leaves):
         return
     for argument, pattern in _patterns(rule):
-        if not any(re.search(pattern, name) for name in names):
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            warnings.warn(
-                f"{argument} {pattern!r} matches none of the leaves "
-                f"{', '.join(map(repr, names[:3]))}{more}",
-                stacklevel=2,
+        if not any(re.search(pattern, path_name(path)) for path in paths):
+            warn(
+                f"{argument} {pattern!r} matches none of the leaves {some_names(paths)}"
             )
 
 

@@ -6,12 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from came_optax._boxes import unbox
-from came_optax._checks import (
-    check_mask,
-)
+from came_optax._checks import checked_mask
 
 
 def add_decayed_weights(
@@ -20,14 +19,18 @@ def add_decayed_weights(
     """``optax.add_decayed_weights`` of updates wider than the parameters.
 
     The mask, or what it returns for the parameters, is checked.
+
+    Raises:
+      TypeError: the mask is a single bool.
     """
+    if isinstance(mask, bool | np.bool_):
+        raise TypeError(
+            f"weight_decay_mask={mask} is no tree of bools (optax.inject_hyperparams "
+            'calls a function, unless static_args="weight_decay_mask" names it)'
+        )
 
     def masks(params: optax.Params) -> Any:
-        # A module is a tree of bools, even if it can be called.
-        is_function = callable(mask) and all(map(callable, jax.tree.leaves(mask)))
-        tree = mask(params) if is_function else mask
-        check_mask("weight_decay_mask", tree, params)
-        return jax.tree.broadcast(unbox(tree), unbox(params))
+        return checked_mask("weight_decay_mask", mask, params)
 
     def init_fn(params: optax.Params) -> Any:
         if mask is not None and jax.tree.leaves(params):

@@ -3,6 +3,7 @@
 import re
 
 import chex
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -109,6 +110,7 @@ def test_by_default_the_rule_tells():
     rest = {"vector": (8,), "scalar": (), "row": (1, 8), "cls/query": (1, 1, 8)}
     rest |= {"layers/norm/scale": (3, 8), "layers/b": (3, 8), "table": (8, 8)}
     rest |= {"q_norm/scale": (4, 8), "key_norm/scale": (4, 8)}
+    rest |= {"norm1/linear/kernel": (8, 48)}  # Of a norm that is told how to scale.
     tx = came_muon(1e-2, factoring=ByPath(rule, default=BalancedSplit()))
     assert hidden_leaves(tx, normal_tree(hidden | rest)) == hidden.keys()
 
@@ -148,21 +150,33 @@ def test_hidden_leaves_can_be_named(hidden):
     assert hidden_leaves(tx, normal_tree(SHAPES)) == HIDDEN
 
 
+def test_hidden_leaves_may_be_named_by_a_module():
+    """Equinox's can be called, but are trees."""
+    mlp = eqx.filter(eqx.nn.MLP(8, 8, 8, 2, key=jax.random.key(0)), eqx.is_array)
+    mask = jax.tree.map(lambda p: p.ndim > 1, mlp)
+    names = {f"layers/{i}/weight" for i in range(3)}
+    assert hidden_leaves(came_muon(1e-2, hidden=mask), mlp) == names
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"hidden": "mlp"}, r"hidden='mlp' names none of the leaves \['blocks/ln_1/s"),
+        ({"hidden": "mlp"}, r"hidden='mlp' names none of the leaves .* and \d more"),
         ({"hidden": False}, "hidden=False names none of the leaves"),
         ({"hidden": lambda p: jax.tree.map(lambda _: False, p)}, "names none"),
         ({"hidden": "blocks"}, r"names leaf 'blocks/ln_1/scale' of shape \(64,\)"),
         ({"hidden": {"wte": True, "other": False}}, "hidden does not fit"),
         ({"hidden": "("}, "hidden must be a regular expression"),
-        ({"factoring": LastTwoAxes(100)}, "hidden=None names none"),
+        (
+            {"factoring": LastTwoAxes(100)},
+            "none of the leaves .* is a hidden matrix by",
+        ),
         ({"rest_learning_rate_scale": -1.0}, "rest_learning_rate_scale must be >= 0"),
         ({"b1": 1.0}, "b1 must be"),
         ({"ns_coeffs": "fast"}, "ns_coeffs must be"),
         # What optax.inject_hyperparams makes of jnp.bfloat16, which can be called.
-        ({"dtype": jnp.bfloat16(0)}, "dtype must be a real floating dtype or None"),
+        ({"ns_dtype": jnp.bfloat16(0)}, "dtype must be a real .* give its name"),
+        ({"mu_dtype": jnp.bfloat16(0)}, "mu_dtype must be one of .* give its name"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(options, message):

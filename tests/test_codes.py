@@ -110,6 +110,18 @@ def test_tiny_and_huge_values(size, mu_dtype):
 
 
 @quantized
+@pytest.mark.parametrize("sign", [1, -1])
+def test_no_largest_magnitude_becomes_a_larger_one(mu_dtype, sign):
+    """At each of these steps some threshold is within 2⁻²² of 1."""
+    m = sign * jnp.ones((64, 64))
+    for step in (18, 283, 304):
+        np.testing.assert_allclose(round_trip(m, mu_dtype, step), m, rtol=1e-6)
+    axes, ones = FactoredAxes((0,), (1,)), jnp.ones(64)
+    every = jax.vmap(lambda i: _codes._thresholds(m, ones, ones, axes, i))
+    assert 7 + jnp.max(every(jnp.arange(4096))) < 8
+
+
+@quantized
 def test_zero_rows_columns_and_leaves_stay_zero(mu_dtype):
     m = normal((64, 64)).at[7].set(0).at[:, 9].set(0)
     read = round_trip(m, mu_dtype)

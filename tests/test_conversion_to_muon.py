@@ -78,14 +78,21 @@ def test_a_running_job_goes_on_with_another_state(old, new):
 
 
 def test_converted_momentum_has_muons_direction():
-    params, new = (
-        normal_tree({"up": (64, 72), "b": (64,)}),
-        came_muon(1e-2, mu_dtype=None),
-    )
+    """Of a matrix as the rule reads it: an attention kernel's of three axes, too."""
+    params = normal_tree({"up": (64, 72), "query": (64, 4, 16), "b": (64,)})
+    params["query"] *= jnp.where(jnp.arange(64) % 2, 1.0, 100.0)[:, None, None]
+    numbers = {
+        "up": optax.contrib.MuonDimensionNumbers(),
+        "query": optax.contrib.MuonDimensionNumbers(0, (1, 2)),
+        "b": None,
+    }
+    old = optax.contrib.muon(1e-2, muon_weight_dimension_numbers=numbers)
+    new = came_muon(1e-2, mu_dtype=None)
     with jax.numpy_dtype_promotion("standard"):
-        state = jax.jit(MUON.update)(params, MUON.init(params), params)[1]
-        converted = convert_state(state, params, old=MUON, new=new)
-    mu = optax.tree.get(state.inner_states["muon"], "mu")["up"]
-    converted_mu = optax.tree.get(converted.inner_states["hidden"], "mu")["up"]
-    expected = mu / jnp.sqrt(39 * jnp.mean(mu**2))
-    chex.assert_trees_all_close(converted_mu, expected, rtol=1e-5)
+        state = jax.jit(old.update)(params, old.init(params), params)[1]
+        converted = convert_state(state, params, old=old, new=new)
+    for name in ("up", "query"):
+        mu = optax.tree.get(state.inner_states["muon"], "mu")[name]
+        converted_mu = optax.tree.get(converted.inner_states["hidden"], "mu")[name]
+        expected = mu / jnp.sqrt(39 * jnp.mean(mu**2))
+        chex.assert_trees_all_close(converted_mu, expected, rtol=1e-5)

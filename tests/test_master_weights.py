@@ -183,6 +183,26 @@ def test_wrappers_around(name):
     assert min(jax.tree.leaves(moved)) > 1e-3
 
 
+def test_weights_are_found_in_parts_of_a_tree():
+    params = {name: jnp.full(3, 0.3, jnp.bfloat16) for name in ("a", "b", "c")}
+    one, other = (with_master_weights(optax.sgd(r), 32) for r in (1e-3, 2e-3))
+    labels = {"a": "one", "b": "other", "c": "none"}
+    tx = optax.partition({"one": one, "other": other, "none": optax.sgd(1.0)}, labels)
+    _, state = tx.update(params, tx.init(params), params)
+    weights = master_weights(params, state)
+    start = float(params["a"][0])
+    assert weights["c"].dtype == jnp.bfloat16
+    np.testing.assert_allclose(weights["a"], start, rtol=5e-3)
+    np.testing.assert_allclose(weights["a"] - start, start * -1e-3, rtol=1e-2)
+    np.testing.assert_allclose(weights["b"] - start, start * -2e-3, rtol=1e-2)
+    masked = optax.masked(one, {"a": True, "b": False, "c": False})
+    assert master_weights(params, masked.init(params))["a"].dtype == jnp.float32
+    with pytest.raises(KeyError, match="several remainders of 'a'"):
+        master_weights(params, (one.init(params), other.init(params)))
+    with pytest.raises(KeyError, match="no state of with_master_weights"):
+        master_weights(params, optax.sgd(1.0).init(params))
+
+
 @pytest.mark.slow
 def test_gradients_accumulated_inside_are_in_float32():
     """256 times 1 and once 1: in bfloat16 the last is lost."""

@@ -2,6 +2,7 @@
 
 import re
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
@@ -46,6 +47,23 @@ def test_counts_what_init_allocates(tx):
         assert sum(parts.values()) == memory.total
     assert memory.num_params == 100 * 64 + 64 * 64 + 64
     assert memory.bytes_per_param == memory.total / memory.num_params
+
+
+def test_codes_belong_to_their_parameter_whatever_its_name():
+    """Here a parameter has the name that codes' own array has."""
+
+    class Keyed(eqx.Module):
+        keys: jax.Array
+        values: jax.Array
+
+    params = Keyed(jnp.ones((64, 64)), jnp.ones((128, 64)))
+    memory = state_memory(came(1e-3, mu_dtype="int8"), params)
+    # Codes, and means and scales of rows and columns, and placeholders.
+    alone = {
+        name: state_memory(came(1e-3, mu_dtype="int8"), {name: x}).by_leaf[name]
+        for name, x in (("keys", params.keys), ("values", params.values))
+    }
+    assert memory.by_leaf == alone | {"(other)": 4}
 
 
 def test_arrays_belong_to_their_parameters():

@@ -175,6 +175,12 @@ def test_fewer_steps():
     np.testing.assert_allclose(result, expected, atol=1e-5)
 
 
+def test_one_triple_is_that_of_five_steps():
+    """As optax.contrib.muon takes it."""
+    x, triple = matrix(12, 20), _PRESETS["standard"][0]
+    np.testing.assert_array_equal(update(x, ns_coeffs=triple), update(x))
+
+
 # A rule, a leaf's shape, and its axes in the order and the groups of the matrices.
 EINSUM = ByPath({"": FactoredAxes(row=(1,), col=(0, 2))})
 READ = {
@@ -221,7 +227,7 @@ def test_empty_leaves_pass():
     ("options", "message"),
     [
         ({"ns_coeffs": "quintic"}, "ns_coeffs must be 'standard' or 'polar_express'"),
-        ({"ns_coeffs": (1.0, 2.0, 3.0)}, "ns_coeffs must be .* triples"),
+        ({"ns_coeffs": (1.0, 2.0)}, "ns_coeffs must be .* triples"),
         ({"consistent_rms": 0.0}, "consistent_rms must be > 0"),
         ({"dtype": "int8"}, "dtype must be a real floating dtype"),
     ],

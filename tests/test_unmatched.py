@@ -3,6 +3,8 @@
 Caught is a misspelled one, of which nobody is told, and a warning where there is none.
 """
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -42,6 +44,15 @@ def test_other_uses_of_a_rule_warn_too():
         orthogonalize(factoring=rule).init(PARAMS)
     with pytest.warns(UserWarning, match="matches none"):
         state_memory(steady_came(1e-3, factoring=rule), PARAMS)
+
+
+def test_one_warning_a_mistake_at_the_line_that_makes_it():
+    """However many transformations look: here none of them masks a leaf."""
+    tx = came_muon(1e-3, factoring=Stacked(where="layer/"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        tx.init({"layers": {"up": jnp.ones((8, 16))}})
+    assert [w.filename for w in caught] == [__file__]
 
 
 def test_what_matches_is_not_warned_of():

@@ -4,11 +4,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
 
-from came_optax import came
+from came_optax import came, came_muon
 
 PARAMS = {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)}
 
@@ -66,12 +67,39 @@ def test_weight_decay_needs_params():
         ({"kernel": True}, ValueError, "does not fit the parameters: (.|\n)*bias"),
         ({"kernel": 1.0, "bias": False}, TypeError, "1.0 at 'kernel', not a bool"),
         (lambda params: "yes", TypeError, "'yes' at '', not a bool"),
+        (False, TypeError, "is no tree of bools"),
     ],
 )
 def test_weight_decay_masks(mask, error, message):
-    tx = came(1e-3, weight_decay=0.1, weight_decay_mask=mask)
-    with pytest.raises(error, match=f"^weight_decay_mask .*{message}"):
-        tx.init(PARAMS)
+    with pytest.raises(error, match=f"^weight_decay_mask.*{message}"):
+        came(1e-3, weight_decay=0.1, weight_decay_mask=mask).init(PARAMS)
+
+
+def test_a_mask_that_was_taken_for_a_schedule_is_refused():
+    """It would be called with the step, and nothing, or everything, would decay."""
+
+    def kernels(params):
+        return jax.tree.map_with_path(lambda path, _: "kernel" in str(path), params)
+
+    options = {"weight_decay": 0.5, "weight_decay_mask": kernels}
+    with pytest.raises(TypeError, match=r'static_args="weight_decay_mask"'):
+        optax.inject_hyperparams(came)(0.1, **options).init(PARAMS)
+    tx = optax.inject_hyperparams(came, static_args="weight_decay_mask")(0.1, **options)
+    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+    updates, _ = tx.update(zeros, tx.init(PARAMS), PARAMS)
+    assert jnp.all(updates["kernel"] < 0) and not jnp.any(updates["bias"])
+
+
+@pytest.mark.parametrize("name", ["weight_decay_mask", "hidden"])
+def test_a_mask_may_be_in_nnxs_variables(name):
+    model = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+    mask = jax.tree.map(lambda p: p.ndim > 1, nnx.state(model, nnx.Param))
+    tx = came_muon(0.1, weight_decay=0.5, **{name: mask})
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    before = jnp.array(model.kernel[...])
+    zeros = jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param))
+    optimizer.update(model, zeros)
+    np.testing.assert_allclose(model.kernel[...], 0.95 * before, rtol=1e-6)
 
 
 def test_a_weight_decay_mask_may_be_a_module():

@@ -53,15 +53,16 @@ def confide(
     axes: FactoredAxes,
     seen: Seen | None,
     storage: Storage,
+    token: Array,
 ) -> tuple[Array, Stored, Factored | None]:
     """See :class:`Schedule`."""
     if s is None:
-        return plain.confide(u, mu, s, h, axes, seen, storage)
+        return plain.confide(u, mu, s, h, axes, seen, storage, token)
 
     old_m = storage.load(mu)
-    if not storage.in_place(mu) and storage.after is not None:
+    if not storage.in_place(mu):
         # The change needs a place: that of the leaf before, which has to be done.
-        old_m = when_known(old_m, storage.after)
+        old_m = when_known(old_m, token)
     change = u() - old_m  # u − m, for the new m, is b1 times this.
     new = mean_square(anew(lambda x: x, change), h.eps2, axes, h.b1)
     s = algorithm.average(s, new, h.b3)

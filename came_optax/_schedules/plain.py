@@ -31,8 +31,10 @@ def confide(
     axes: FactoredAxes,
     seen: Seen | None,
     storage: Storage,
+    token: Array,
 ) -> tuple[Array, Stored, Factored | None]:
     """Returns what :func:`came_optax._algorithm.confide` does, with m stored as mu."""
+    del token
     delta, m, s = algorithm.confide(u(), storage.load(mu), s, h, axes, seen)
     new_mu, _ = storage.store(lambda: m, mu)
     return delta, new_mu, s
@@ -43,7 +45,9 @@ class Schedule(NamedTuple):
 
     Attributes:
       normalize: ``(g, v, h, axes, seen) -> (u, v)``.
-      confide: ``(u, mu, s, h, axes, seen, storage) -> (delta, mu, s)``.
+      confide: ``(u, mu, s, h, axes, seen, storage, token) -> (delta, mu, s)``. A token
+        is a number ≥ 0 that is known once the leaf before is done, for whoever has a
+        leaf wait for it.
     """
 
     normalize: Callable[..., Any] = normalize

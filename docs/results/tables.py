@@ -46,7 +46,7 @@ PARTS = {
     "β3 0.999": "steady-came-b3-0.999",
     "ε2 0.01": "steady-came-eps2-0.01",
     "ε2 1e-16": "steady-came-eps2-1e-16",
-    "no clips": "steady-came-no-clip",
+    "no final clip": "steady-came-no-clip",
     "each update's RMS 0.4": "steady-came-rms-0.4",
     "int8 momentum": "steady-came-int8",
     "int4 momentum": "steady-came-int4",

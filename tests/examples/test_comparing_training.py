@@ -212,8 +212,8 @@ def test_came_before_is_the_librarys_came_muon():
             rest_learning_rate_scale=3.0,
             **settings,
             weight_decay_mask=decay_mask,
-            mu_dtype="float32",
-            dtype="float32",
+            mu_ns_dtype="float32",
+            ns_dtype="float32",
         ),
     )
     params = {name: rng.normal(size=s).astype("f") for name, s in shapes.items()}

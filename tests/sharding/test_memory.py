@@ -75,6 +75,8 @@ def test_offloaded_parameters_have_their_state_beside_them(mu_dtype, explicit):
     for path, kind in jax.tree.leaves_with_path(kinds):
         is_host = "host" in jax.tree_util.keystr(path)
         assert kind == ("pinned_host" if is_host else "device"), path
+    alone = state_sharding(tx, params["host"], on_host)
+    assert optax.tree.get(alone, "s_row").memory_kind == "pinned_host"
 
     def to_device(x, sharding):
         if sharding.memory_kind != "pinned_host":
