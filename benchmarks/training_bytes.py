@@ -2,14 +2,13 @@
 
     python benchmarks/training_bytes.py
 
-Counts GPT-2 XL's, with nothing allocated, into docs/results/memory/training.md. One row
-needs the package flashoptim-jax.
+Counts GPT-2 XL's, with nothing allocated, into docs/results/memory/training.md.
 """
 
 import collections
-import importlib.util
 from typing import Any
 
+import flashoptim_jax
 import jax
 import optax
 from measuring import ROOT, output
@@ -31,12 +30,8 @@ ROWS = {
         with_master_weights(came_muon(1e-3), 24),
         "bfloat16",
     ),
+    "flashoptim's AdamW, 24-bit weights": (flashoptim_jax.flash_adamw(), "bfloat16"),
 }
-if importlib.util.find_spec("flashoptim_jax"):
-    import flashoptim_jax
-
-    FLASH = flashoptim_jax.flash_adamw()
-    ROWS["flashoptim's AdamW, 24-bit weights"] = (FLASH, "bfloat16")
 # Of the state; what is not named here is a statistic.
 KINDS = {"remainder": "remainder", "ecc": "remainder", "mu": "momentum"}
 

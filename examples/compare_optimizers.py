@@ -67,6 +67,7 @@ class Worker:
     def __init__(self, study: protocol.Protocol, folder: Path):
         self.study, self.folder = study, folder
         self.path = folder / "runs.jsonl"
+        self.commit = commit()  # That of the code as it was loaded.
         self._splits: dict[str, tasks.Splits] = {}
         self._series: dict[tuple[str, str], Series] = {}
 
@@ -100,7 +101,7 @@ class Worker:
             tuning=part.kind != "judge",
             path=state,
         )
-        about = {"task": part.task, "commit": commit(), "jax": jax.__version__}
+        about = {"task": part.task, "commit": self.commit, "jax": jax.__version__}
         log.append(self.path, run._asdict() | about | row)
         state.unlink(missing_ok=True)
         loss = "diverged" if row["loss"] is None else f"{row['loss']:.4f}"

@@ -72,7 +72,8 @@ def main() -> None:
     work = f"{batch_size} sequences of {task.tokens_per_record} tokens"
     where = f"on {target.name} ({axes})"
     print(f"{task.name}, {work}, {optimizer.optimizer}, {where}", flush=True)
-    schedule, of_params = make_schedule(optimizer, 1000), params_sharding(task, mesh)
+    schedule = make_schedule(optimizer, 1000 + (optimizer.warmup or 0))
+    of_params = params_sharding(task, mesh)
     tx = make_optimizer(optimizer, schedule, step.param_dtype, of_params)
     report = ahead_of_time.compile_train_step(
         task, tx, target, mesh, batch_size=batch_size, accumulate=step.accumulate

@@ -8,7 +8,14 @@ from came_optax import steady_came
 
 params = {"kernel": jnp.ones((16, 8))}
 grads = {"kernel": jnp.ones((16, 8))}
-tx = optax.inject_hyperparams(steady_came)(learning_rate=1e-2)
+
+
+def is_kernel(params):
+    return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+
+injected = optax.inject_hyperparams(steady_came, static_args="weight_decay_mask")
+tx = injected(learning_rate=1e-2, weight_decay=0.1, weight_decay_mask=is_kernel)
 state = tx.init(params)
 update = jax.jit(tx.update)
 

@@ -46,3 +46,7 @@ with tempfile.TemporaryDirectory() as folder:
             for name, value in metrics.items():
                 writer.add_scalar(name, value, step)
 print({name: round(float(value), 3) for name, value in metrics.items()})
+
+# The tests hold this.
+assert 0.5 < metrics["confidence/kernel"] < 1 / 0.1**0.5  # The root of eps2 bounds it.
+assert all(0 < metrics[f"update_rms/{name}"] < 3.2 for name in params)

@@ -25,4 +25,5 @@ updates, state = jax.jit(tx.update)(params, state, params)
 params = optax.apply_updates(params, updates)
 
 # The tests hold this.
-assert jax.tree.structure(updates) == jax.tree.structure(params)
+assert optax.tree.get(state, "v_row")["dense"]["kernel"].shape == (16,)
+assert optax.tree.get(state, "nu")["embedding"].shape == (100, 16)

@@ -6,6 +6,7 @@ Settings may be traced: one compilation serves all of an optimizer's runs.
 import functools
 from typing import Any
 
+import flashoptim_jax
 import jax
 import jax.numpy as jnp
 import optax
@@ -39,8 +40,6 @@ def adafactor(schedule: Schedule, *, decay_rate: Any, weight_decay: Any) -> Tx:
 
 def flash_adamw(schedule: Schedule, *, b1: Any, b2: Any, weight_decay: Any) -> Tx:
     """AdamW with both moments in 8 bits, of the package flashoptim-jax."""
-    import flashoptim_jax
-
     flash = flashoptim_jax.flash_adamw(
         1.0, b1, b2, weight_decay=0.0, master_weight_bits=None, fused=False
     )

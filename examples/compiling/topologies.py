@@ -36,6 +36,8 @@ class Target:
 def target(topology: str, slices: int = 1) -> Target:
     """Returns chips by a topology such as "v5e:4x4" or "h100:2x8" (nodes x GPUs)."""
     if topology.startswith("h100:"):
+        if slices > 1:
+            raise UserError("--slices: of TPUs only; nodes of GPUs are as in h100:2x8")
         return h100(topology)
     return tpu(topology, slices)
 

@@ -44,9 +44,11 @@ def load(options: TextOptions) -> list[str]:
     Raises:
         UserError: They cannot be read, or hold no text.
     """
-    if options.text and options.dataset:
+    if options.text is not None and options.dataset:
         raise UserError("--text and --dataset exclude each other")
-    if options.text:
+    if options.text == []:
+        raise UserError("--text names no file")
+    if options.text is not None:
         source = ", ".join(options.text)
         documents = _documents([_read_parts(name) for name in options.text])
     elif options.dataset:

@@ -29,6 +29,13 @@ OF_CAME = (
     *("b1", "b2", "b3", "eps2", "nesterov", "bias_correction"),
     *("update_clipping_threshold", "mu_dtype", "factoring"),
 )
+OF_OTHERS = {
+    "adamw": ("b1", "b2"),
+    "nadamw": ("b1", "b2"),
+    "lion": ("b1", "b2"),
+    "adafactor": ("b1",),
+    "muon": ("b1",),
+}
 # Peak learning rates over that of AdamW, where none is given.
 RATES = {"came": 1 / 10, "lion": 1 / 3, "came-muon": 3.0, "muon": 3.0}
 
@@ -107,6 +114,12 @@ def make_optimizer(
         UserError: The update rule takes no such option.
     """
     given = {name: value for name, value in vars(options).items() if value is not None}
+    for name in set(OF_CAME) & set(given):
+        if name not in OF_OTHERS.get(options.optimizer, OF_CAME):
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(
+                f"{option}: --optimizer {options.optimizer} has no such option"
+            )
     betas: dict[str, Any] = {
         name: given[name] for name in ("b1", "b2") if name in given
     }

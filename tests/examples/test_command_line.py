@@ -43,6 +43,7 @@ def run(main, monkeypatch, capsys):
         (["--batch_size=4"], {"batch_size": 4}),
         (["--text", "a.txt", "b.txt", "--seed", "3"], {"text": ["a.txt", "b.txt"]}),
         (["--text=a.txt"], {"text": ["a.txt"]}),
+        (["--text"], {"text": []}),
         (["--nesterov", "--no-bias-correction"], {"nesterov": 1, "bias_correction": 0}),
         (
             ["--factoring=came_optax.LargestTwoAxes", "--factoring.min_dim_size=4"],

@@ -89,7 +89,6 @@ MADE = [name for name, optimizer in STUDY.optimizers.items() if optimizer.make]
 @pytest.mark.usefixtures("promotion")
 @pytest.mark.parametrize("name", MADE)
 def test_each_optimizer_learns_with_traced_settings(name):
-    pytest.importorskip("flashoptim_jax") if name == "flash-adamw" else None
     rng = np.random.default_rng(0)
     shapes = {"embedding": (5, 4), "kernel": (4, 6), "bias": (6,)}
     params, goal = (
@@ -212,7 +211,7 @@ def test_came_before_is_the_librarys_came_muon():
             rest_learning_rate_scale=3.0,
             **settings,
             weight_decay_mask=decay_mask,
-            mu_ns_dtype="float32",
+            mu_dtype="float32",
             ns_dtype="float32",
         ),
     )

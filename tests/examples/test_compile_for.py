@@ -155,3 +155,8 @@ def test_too_large_a_batch_is_a_verdict(compile_step):
 def test_unknown_topologies_are_refused(compile_step, topology):
     with pytest.raises(UserError, match=f"--topology {topology}: "):
         compile_step("gpt2", "nano", topology)
+
+
+def test_slices_of_gpus_are_refused():
+    with pytest.raises(UserError, match=r"--slices: of TPUs only; .* h100:2x8"):
+        topologies.target("h100:8", slices=2)

@@ -14,6 +14,8 @@ MAY_IMPORT = {
     "training": {"task", "training"},
     "tasks": {"task", "data", "models", "formats"},
     "running": {"task", "data", "training", "running"},
+    "comparing": {"task", "table", "data", "models", "tasks", "training", "comparing"},
+    "compiling": {"task", "table", "data", "training", "compiling"},
 }
 
 

@@ -116,6 +116,7 @@ def test_a_resumed_run_ends_with_the_same_bits(name, run):
         ("gpt2", ["--text", "missing.txt"], "missing.txt: No such file or directory"),
         ("gpt2", ["--text", "."], ".: Is a directory"),
         ("gpt2", ["--text", "empty.txt"], "empty.txt: no text in it"),
+        ("gpt2", ["--text"], "--text names no file"),
         ("gpt2", ["--text", "latin1.txt"], "latin1.txt: not UTF-8 text (byte 9)"),
         ("gpt2", ["--text", "short.txt"], "text is shorter than one sequence of 16"),
         ("gpt2", ["--text", "repeated.txt"], "the text is one piece 20 times over"),
@@ -171,9 +172,10 @@ def test_a_saved_run_is_refused_or_kept(run):
         ([*again, "--vocab-size=290"], "data; --vocab-size was None, is 290"),
         ([*again, "--seq-len=9"], "data; --seq-len was 16, is 9"),
         (
-            [*again, "--optimizer=adamw"],
-            "here; --optimizer was steady-came, is adamw\n",
+            [*again, "--optimizer=came-muon"],
+            "here; --optimizer was steady-came, is came-muon\n",
         ),
+        ([*again, "--optimizer=adamw"], "--factoring: --optimizer adamw has no such"),
         ([*again, "--text=more.txt"], "run: this run began on other data; --text was"),
         ([*again, "--steps=1"], "--steps 1: 4 are done already in run"),
     ):

@@ -178,6 +178,23 @@ def test_update_rules_have_their_own_defaults(options, expected):
 
 
 @pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        ("adamw", {"mu_dtype": "int8"}),
+        ("nadamw", {"nesterov": False}),
+        ("lion", {"b3": 0.5}),
+        ("adafactor", {"b2": 0.9}),
+        ("muon", {"b2": 0.9}),
+        ("came-muon", {"update_clipping_threshold": 1.0}),
+    ],
+)
+def test_an_option_that_a_rule_has_not_is_refused(optimizer, options):
+    options = OptimizerOptions(optimizer=optimizer, **options)
+    with pytest.raises(UserError, match=optimizer):
+        make_optimizer(options, lambda count: 1e-2)
+
+
+@pytest.mark.parametrize(
     ("optimizer", "peak"),
     [("steady-came", 5e-3), ("adamw", 5e-3), ("came", 5e-4), ("came-muon", 15e-3)],
 )
