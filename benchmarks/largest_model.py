@@ -22,7 +22,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 from flax import nnx
 from matplotlib.figure import Figure
-from measuring import ROOT, output
+from measuring import ROOT
 from measuring.compiled_steps import (
     CHIPS,
     MASTER_WEIGHTS,
@@ -37,6 +37,7 @@ from measuring.examples import (
     blank,
     gpt2,
     next_token_loss,
+    of_columns,
     with_param_dtype,
 )
 from measuring.zoo import gpt2_shapes
@@ -154,7 +155,7 @@ def make_table(found: Mapping[tuple[str, str, str], tuple[int, Any]]) -> str:
         layers, step = found[case]
         return f"{step['parameters'] / 1e9:.2f} ({layers} × {config_of(layers).n_embd})"
 
-    return output.table(
+    return of_columns(
         [
             {"billions of parameters (layers × width)": name}
             | {

@@ -55,7 +55,7 @@ def table(models: Iterable[str] = MODELS) -> str:
         for optimizer, dtype in _COLUMNS.values():
             sizes.append(state_bytes(model, optimizer, dtype))
         rows.append([model, *map(_billions, sizes)])
-    return format_table(rows, "<" + ">" * (len(rows[0]) - 1), markdown=True)
+    return format_table(rows, markdown=True)
 
 
 def _billions(number: int) -> str:

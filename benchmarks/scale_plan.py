@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from measuring import ROOT, output
+from measuring import ROOT
 from measuring.examples import (
     GIB,
     TrainState,
@@ -33,6 +33,7 @@ from measuring.examples import (
     devices,
     gpt2,
     make_gather,
+    of_columns,
     param_shardings,
     topologies,
 )
@@ -176,7 +177,7 @@ def write_table(results: dict[str, Any], planned: Sequence[int]) -> None:
             row[f"{n} chips"] = f"{state:.2f} of {total:.2f}"
         total = found[smallest]["total_bytes"] / GIB
         rows.append(row | {"smallest slice": f"{smallest} chips: {total:.2f}"})
-    table = output.table(rows)
+    table = of_columns(rows)
     print(table)
     (RESULTS / "table.md").write_text(table + "\n", encoding="utf-8")
 

@@ -8,7 +8,6 @@ compiled update:
 
     python benchmarks/schedules.py
     python benchmarks/schedules.py --chip v5e
-    python benchmarks/schedules.py --chip v5p --matrix 4096 16384
 """
 
 import argparse
@@ -19,7 +18,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from measuring import output
 from measuring.chips import CHIPS, target
 from measuring.examples import gpt2
@@ -67,23 +65,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chip", choices=["cpu", *CHIPS], default="cpu")
     parser.add_argument("--size", choices=gpt2.SIZES, default="small")
-    parser.add_argument(
-        "--matrix",
-        type=int,
-        nargs=2,
-        metavar=("ROWS", "COLUMNS"),
-        help="one float32 matrix in place of a GPT-2",
-    )
     parser.add_argument("--rounds", type=int, default=20, help="on CPU")
     parser.add_argument("--output", type=pathlib.Path, default=output.DEFAULT)
     args = parser.parse_args()
 
     if args.chip != "cpu":
         target(args.chip)  # Before anything else uses JAX.
-    name, params = f"schedules_{args.chip}", gpt2_shapes(args.size)
-    if args.matrix is not None:
-        params = [jax.ShapeDtypeStruct(tuple(args.matrix), jnp.float32)]
-        name += "_{}x{}".format(*args.matrix)
+    params = gpt2_shapes(args.size)
     rows = []
     for optimizer in OURS:
         found = (
@@ -92,7 +80,7 @@ def main() -> None:
             else compiled(args.chip, params, optimizer)
         )
         rows += [{args.chip: optimizer} | row for row in found]
-    output.write(args.output, name, rows, jax=jax.__version__)
+    output.write(args.output, f"schedules_{args.chip}", rows, jax=jax.__version__)
 
 
 if __name__ == "__main__":

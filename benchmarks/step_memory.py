@@ -13,7 +13,7 @@ import functools
 import pathlib
 from typing import Any
 
-from measuring import ROOT, output
+from measuring import ROOT
 from measuring.compiled_steps import (
     CHIPS,
     MASTER_WEIGHTS,
@@ -22,7 +22,7 @@ from measuring.compiled_steps import (
     compile_step,
     one_chip,
 )
-from measuring.examples import GIB, make_task
+from measuring.examples import GIB, make_task, of_columns
 
 FOLDER = ROOT / "docs" / "results" / "memory"
 STEPS = {"bert-large": ("bert", "large"), "gpt2-medium": ("gpt2", "medium")}
@@ -49,7 +49,7 @@ def step_table(results: Results) -> str:
 
     rows = [row(name) for name in NAMES]
     empty = [key for key in rows[0] if not any(r[key] for r in rows)]
-    return output.table([{k: v for k, v in r.items() if k not in empty} for r in rows])
+    return of_columns([{k: v for k, v in r.items() if k not in empty} for r in rows])
 
 
 def main() -> None:

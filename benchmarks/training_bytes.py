@@ -11,7 +11,8 @@ from typing import Any
 import flashoptim_jax
 import jax
 import optax
-from measuring import ROOT, output
+from measuring import ROOT
+from measuring.examples import of_columns
 from measuring.zoo import gpt2_shapes
 
 from came_optax import came_muon, steady_came, with_master_weights
@@ -61,7 +62,7 @@ def main() -> None:
         bytes_["all"] = everything
         cells = {kind: f"{number:.2f}" for kind, number in bytes_.items()}
         rows.append({"bytes a parameter": name} | cells)
-    table = output.table(rows)
+    table = of_columns(rows)
     path = ROOT / "docs" / "results" / "memory" / "training.md"
     path.write_text(table + "\n", encoding="utf-8")
     print(table)

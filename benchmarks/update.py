@@ -31,12 +31,10 @@ from measuring.updates import (
     ratios,
     time_in_turn,
 )
-from measuring.zoo import bert_shapes, gpt2_shapes, small_shapes
+from measuring.zoo import gpt2_shapes
 
 MODELS: dict[str, Callable[[], Any]] = {
     "gpt2": gpt2_shapes,
-    "bert": bert_shapes,
-    "small-leaves": small_shapes,
     "nano": lambda: gpt2_shapes("nano"),  # Tries the code.
 }
 
@@ -103,7 +101,6 @@ def main() -> None:
     others = [name for name in contestants if name == BASELINE or name not in slow]
     seconds |= time_in_turn({k: contestants[k] for k in others}, args.rounds)
     to_baseline = slow_ratios | {name: ratios(seconds, name) for name in others}
-    nothing = dict.fromkeys(updates["AdamW"].takes, "")
     rows = []
     for name, contestant in contestants.items():
         size = sum(x.nbytes for x in jax.tree.leaves(contestant.state))
@@ -115,7 +112,7 @@ def main() -> None:
                 "page faults": page_faults(contestant),
                 "state (MB)": f"{size / 1e6:.1f}",
             }
-            | (updates[name].takes if name in updates else nothing)
+            | (updates[name].takes if name in updates else {})
         )
     output.write(
         args.output,

@@ -134,7 +134,7 @@ def test_leaves_that_are_no_arrays_of_numbers(leaf, kind):
         tx.update(bad, state)
 
 
-KERNEL, BIAS = ({name: x} for name, x in PARAMS.items())
+KERNEL = {"kernel": PARAMS["kernel"]}
 TRANSPOSED = PARAMS | {"kernel": PARAMS["kernel"].T}
 
 

@@ -14,7 +14,7 @@ from measuring import chips
 from measuring.examples import Target, Task, ahead_of_time, devices
 from measuring.optimizers import OPTAX, OURS, Make, in_float32
 
-CHIPS = ("v5e", "v5p", "h100")
+CHIPS = ("v5e", "h100")
 STACKED = Stacked(BalancedSplit(min_dim_size=2), where="/stack/")
 
 

@@ -17,7 +17,7 @@ from compiling.topologies import GIB, Target
 from compiling.traffic import traffic
 from data.pipeline import blank
 from models import bert, gpt2, t5
-from table import format_table
+from table import format_table, of_columns
 from task import Task, UserError, with_param_dtype
 from tasks.gpt2 import ModelOptions, next_token_loss
 from tasks.gpt2 import make_task as make_text_task
@@ -45,6 +45,7 @@ __all__ = [
     "make_task",
     "make_train_step",
     "next_token_loss",
+    "of_columns",
     "param_shardings",
     "t5",
     "topologies",

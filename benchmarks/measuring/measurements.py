@@ -6,7 +6,7 @@ import pathlib
 import time
 from typing import Any
 
-from measuring import output
+from measuring.examples import of_columns
 from measuring.updates import BASELINE
 
 COLUMNS = (
@@ -75,7 +75,7 @@ class Measurements:
                 {device: name} | {c: row.get(c, "") for c in columns}
                 for name, row in self.rows.items()
             ]
-            lines += ["", output.table(cells)]
+            lines += ["", of_columns(cells)]
         return "\n".join([*lines, *(f"\nFailed: {line}" for line in self.failed)])
 
 

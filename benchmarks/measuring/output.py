@@ -6,20 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from measuring import ROOT
-from measuring.examples import format_table
+from measuring.examples import of_columns
 
 DEFAULT = ROOT / "benchmarks" / "results"
-
-
-def table(rows: Sequence[Mapping[str, Any]], align: str | None = None) -> str:
-    """Returns a Markdown table of rows that all have the same columns.
-
-    Args:
-        rows: By the columns' names.
-        align: As of `format_table`; by default only the first column is text.
-    """
-    cells = [list(rows[0]), *(row.values() for row in rows)]
-    return format_table(cells, align or "<" + ">" * (len(rows[0]) - 1), markdown=True)
 
 
 def write(
@@ -29,7 +18,7 @@ def write(
     **facts: Any,
 ) -> None:
     """Prints rows as a table, and writes them as Markdown and, with facts, as JSON."""
-    text = table(rows)
+    text = of_columns(rows)
     print(text)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / f"{name}.md").write_text(text + "\n", encoding="utf-8")

@@ -34,15 +34,6 @@ def shapes_of(make_model: Callable[[nnx.Rngs], nnx.Module]) -> Any:
     return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
 
 
-def small_shapes(leaves: int = 1000) -> Any:
-    """Returns the shapes of many small matrices and vectors in turn."""
-    shapes = [(32, 32), (32,)]
-    return [
-        jax.ShapeDtypeStruct(shapes[i % len(shapes)], jnp.float32)
-        for i in range(leaves)
-    ]
-
-
 def _t5(heads: int, inner: int) -> Any:
     config = dataclasses.replace(
         t5.SIZES["large-v1.0"], d_kv=128, num_heads=heads, d_ff=inner

@@ -8,7 +8,6 @@ COLORS = {
     "steady_came": "#d55e00",
     "came": "#882255",
     "AdamW": "#0072b2",
-    "Adafactor": "#009e73",
 }
 # Dark text on white of its own: reads on a light page and on a dark one.
 STYLE = {"font.size": 11, "svg.hashsalt": "came-optax"}

@@ -15,7 +15,7 @@ import numpy as np
 
 from comparing import log
 from comparing.protocol import Part, Protocol, mean_and_error
-from table import format_table
+from table import of_columns
 
 ADAMW = "adamw"  # What data and sizes are counted by.
 SIZES = ("gpt2-small", "gpt2-middle", "gpt2-large")
@@ -241,7 +241,9 @@ def write(study: Protocol, folder: Path) -> str:
     for part in study.parts.values():
         if part.kind != "judge":
             tables[f"Settings: {part.name}"] = settings_rows(results, part)
-    sections = [f"## {name}\n\n{_table(rows)}" for name, rows in tables.items() if rows]
+    sections = [
+        f"## {name}\n\n{of_columns(rows)}" for name, rows in tables.items() if rows
+    ]
     if missing := results.missing():
         sections.append("## What is missing\n\n" + "\n".join(missing))
     page = "\n\n".join(["# Results", *sections]) + "\n"
@@ -290,9 +292,3 @@ def draw(path: Path, results: Results) -> None:
 
 def _of(runs: Runs) -> tuple[float, float]:
     return mean_and_error(losses(runs.values()))
-
-
-def _table(rows: Sequence[Mapping[str, str]]) -> str:
-    names = list(dict.fromkeys(name for cells in rows for name in cells))
-    cells = [names, *([row.get(name, "") for name in names] for row in rows)]
-    return format_table(cells, "<" + ">" * (len(names) - 1), markdown=True)

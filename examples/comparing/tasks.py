@@ -97,7 +97,7 @@ def _bert(model: dict[str, Any], documents: Sequence[str]) -> _Kind:
         "make_model": lambda rngs: bert.MaskedLM(config, rngs=rngs),
         "loss_fn": masked_token_loss,
         "tokens_per_record": length,
-        "transform": masking.Masking.of(tokenizer),
+        "transform": masking.Masking(tokenizer.get_vocab_size()),
     }
     return task, tokenizer, masking.SEP, length - 2, 0  # For [CLS] and [SEP].
 
@@ -106,7 +106,9 @@ def _t5(model: dict[str, Any], documents: Sequence[str]) -> _Kind:
     inputs = model.pop("inputs")
     config = t5.T5Config(**model)
     tokenizer = span_corruption.unigram(documents, config.vocab_size)
-    corruption = span_corruption.SpanCorruption.of(tokenizer, inputs)
+    corruption = span_corruption.SpanCorruption.fitting(
+        inputs, tokenizer.get_vocab_size()
+    )
     task = {
         "make_model": lambda rngs: t5.T5(config, rngs=rngs),
         "loss_fn": target_token_loss,

@@ -60,7 +60,7 @@ class Report:
         memory = {**self.memory, "total": self.total, "available": self.available}
         rows = [("memory per chip", "GiB")]
         rows += [(f"  {name}", f"{size / GIB:.3f}") for name, size in memory.items()]
-        tables = [format_table(rows, "<>")]
+        tables = [format_table(rows)]
         if not self.fits:
             excess = (self.total - self.available) / GIB
             return f"{tables[0]}\n\nOut of memory, by {excess:.2f} GiB per chip"
@@ -74,7 +74,7 @@ class Report:
             sent.append((f"  {kind}", f"{times:,}", f"{size:,.2f}"))
         if not groups:
             sent.append(("  none", "", ""))
-        tables.append(format_table(sent, "<>>"))
+        tables.append(format_table(sent))
         return "\n\n".join([*tables, f"compiled in {self.seconds:.0f} s"])
 
 

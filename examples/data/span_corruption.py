@@ -16,6 +16,7 @@ from data.tokenization import cached, id_of
 from task import Record, UserError
 
 PAD, END, UNKNOWN = SPECIAL = ("<pad>", "</s>", "<unk>")
+END_ID = SPECIAL.index(END)
 SENTINELS = tuple(f"<extra_id_{k}>" for k in range(100))
 RATE = 0.15
 MEAN_LENGTH = 3
@@ -78,38 +79,27 @@ class SpanCorruption:
     Attributes:
         length: Tokens in a window.
         sentinels: Ids of <extra_id_0>, <extra_id_1>, ...
-        end: Id of </s>.
     """
 
     length: int
     sentinels: Sequence[int]
-    end: int
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, inputs: int) -> "SpanCorruption":
-        """Returns the one `fitting` a tokenizer that has the sentinels."""
-        sentinels = [id_of(tokenizer, token) for token in SENTINELS]
-        return cls.fitting(inputs, sentinels, id_of(tokenizer, END))
-
-    @classmethod
-    def of_learnt(cls, vocab_size: int, inputs: int) -> "SpanCorruption":
-        """Returns the one `fitting` a vocabulary that `unigram` would learn."""
-        sentinels = range(vocab_size - 1, vocab_size - 1 - len(SENTINELS), -1)
-        return cls.fitting(inputs, sentinels, SPECIAL.index(END))
-
-    @classmethod
-    def fitting(
-        cls, inputs: int, sentinels: Sequence[int], end: int
-    ) -> "SpanCorruption":
+    def fitting(cls, inputs: int, vocab_size: int) -> "SpanCorruption":
         """Returns the longest windows of which at most `inputs` tokens become inputs.
+
+        Args:
+            inputs: Tokens that the model reads.
+            vocab_size: Of a vocabulary as `unigram` learns it.
 
         Raises:
             UserError: So few or many that there are no spans, or too few sentinels.
         """
+        sentinels = range(vocab_size - 1, vocab_size - 1 - len(SENTINELS), -1)
         fitting = [
             corruption
             for length in range(5, 2 * inputs)
-            if (corruption := cls(length, sentinels, end)).inputs <= inputs
+            if (corruption := cls(length, sentinels)).inputs <= inputs
         ]
         if not fitting or fitting[-1].spans > len(sentinels):
             raise UserError(f"--seq-len {inputs}: must be from 6 to about 1,800")
@@ -142,8 +132,8 @@ class SpanCorruption:
         rest = {name: record[name] for name in record if name != "tokens"}
         return {
             **rest,
-            "inputs": np.append(inputs, self.end).astype(np.int32),
-            "targets": np.append(targets, self.end).astype(np.int32),
+            "inputs": np.append(inputs, END_ID).astype(np.int32),
+            "targets": np.append(targets, END_ID).astype(np.int32),
         }
 
 

@@ -54,7 +54,7 @@ def make_task(
         train=blank(length - BOTH_ENDS, overlap=0),
         validation=blank(length - BOTH_ENDS, overlap=0),
         tokens_per_record=length,
-        transform=Masking.of_learnt(config.vocab_size),
+        transform=Masking(config.vocab_size),
     )
     if text is None:
         return task
@@ -66,7 +66,7 @@ def make_task(
         task,
         train=Windows(train, length - BOTH_ENDS, overlap=0),
         validation=Windows(validation, length - BOTH_ENDS, overlap=0),
-        transform=Masking.of(tokenizer),
+        transform=Masking(tokenizer.get_vocab_size()),
         references={"unigram": losses["unigram"]},
         options=dataclasses.asdict(model) | dataclasses.asdict(text),
         files={"tokenizer.json": tokenizer.to_str(pretty=True)},

