@@ -62,6 +62,19 @@ PUBLISHED = {
 }
 
 
+def grid(corner, columns, rows, cell):
+    """Returns a table of what ``cell`` makes of each row's and each column's value."""
+    head = [corner, *columns]
+    return table(
+        head,
+        [[name, *(cell(x, y) for y in columns.values())] for name, x in rows.items()],
+    )
+
+
+def tasks(names=TASKS):
+    return {task: read(TASKS[task])[0] for task in names}
+
+
 def losses_table(names):
     logs = {task: read(name) for task, name in TASKS.items()}
     rows = []
@@ -77,94 +90,69 @@ def losses_table(names):
 
 
 def differences_table():
-    logs = {task: read(name)[0] for task, name in TASKS.items()}
-    rows = []
-    for name, methods in OPTIMIZERS.items():
-        if name == "`steady_came`":
-            continue
-        cells = []
-        for runs in logs.values():
-            _, _, ours = best(runs, ["steady-came"])
-            cells.append(difference(best(runs, methods)[2], ours))
-        rows.append([name, *cells])
-    return table(["loss − `steady_came`'s", *TASKS], rows)
+    def cell(methods, runs):
+        return difference(best(runs, methods)[2], best(runs, ["steady-came"])[2])
+
+    others = {k: v for k, v in OPTIMIZERS.items() if k != "`steady_came`"}
+    return grid("loss − `steady_came`'s", tasks(), others, cell)
 
 
 def rates_table():
-    logs = {task: read(name)[0] for task, name in TASKS.items()}
-    rows = []
-    for name, methods in OPTIMIZERS.items():
-        cells = []
-        for runs in logs.values():
-            method, rate, _ = best(runs, methods)
-            cells.append(f"{rate:.1e} of {len(runs[method])}")
-        rows.append([name, *cells])
-    return table(["best learning rate, of how many", *TASKS], rows)
+    def cell(methods, runs):
+        method, rate, _ = best(runs, methods)
+        return f"{rate:.1e} of {len(runs[method])}"
+
+    return grid("best learning rate, of how many", tasks(), OPTIMIZERS, cell)
 
 
 def sizes_table():
+    def cell(methods, runs):
+        if not (found := best(runs, methods)):
+            return ""
+        _, rate, by_seed = found
+        loss = statistics.mean(losses(by_seed).values())
+        return f"{loss:.3f} at {rate:.1e} ({len(by_seed)})"
+
     logs = {size: read(name)[0] for size, name in LARGER.items()}
-    names = [n for n in OPTIMIZERS if best(logs["BERT, 0.45 M"], OPTIMIZERS[n])]
-    rows = []
-    for name in names:
-        cells = []
-        for runs in logs.values():
-            found = best(runs, OPTIMIZERS[name])
-            cells.append("")
-            if found:
-                _, rate, by_seed = found
-                loss = statistics.mean(losses(by_seed).values())
-                cells[-1] = f"{loss:.3f} at {rate:.1e} ({len(by_seed)})"
-        rows.append([name, *cells])
-    return table(["optimizer", *LARGER], rows)
+    rows = {k: v for k, v in OPTIMIZERS.items() if best(logs["BERT, 0.45 M"], v)}
+    return grid("optimizer", logs, rows, cell)
 
 
 def parts_table():
     """Each at its best learning rate, against steady_came at that one if it has it."""
-    rows = []
-    for name, method in PARTS.items():
-        cells = []
-        for task in TASKS.values():
-            runs = read(task)[0]
-            found = best(runs, [method])
-            cells.append("")
-            if found:
-                same = runs["steady-came"].get(found[1], {})
-                ours = same if len(same) > 2 else best(runs, ["steady-came"])[2]
-                cells[-1] = difference(found[2], ours)
-        rows.append([name, *cells])
-    return table(["`steady_came` with", *TASKS], rows)
+
+    def cell(method, runs):
+        if not (found := best(runs, [method])):
+            return ""
+        same = runs["steady-came"].get(found[1], {})
+        ours = same if len(same) > 2 else best(runs, ["steady-came"])[2]
+        return difference(found[2], ours)
+
+    return grid("`steady_came` with", tasks(), PARTS, cell)
 
 
 def published_table():
-    logs = {task: read(TASKS[task])[0] for task in ("GPT-2", "BERT")}
-    rows = []
-    for name, method in PUBLISHED.items():
-        cells = []
-        for runs in logs.values():
-            _, rate, by_seed = best(runs, [method])
-            cells.append(
-                f"{mean(losses(by_seed).values())} at {rate:.1e} ({len(by_seed)})"
-            )
-        rows.append([name, *cells])
-    return table(["`came`", *logs], rows)
+    def cell(method, runs):
+        _, rate, by_seed = best(runs, [method])
+        return f"{mean(losses(by_seed).values())} at {rate:.1e} ({len(by_seed)})"
+
+    return grid("`came`", tasks(["GPT-2", "BERT"]), PUBLISHED, cell)
 
 
 def batches_table():
-    small, large = read("bert-batches-of-32")[0], read("bert")[0]
-    rows = []
-    for name, method in {
+    def cell(method, runs):
+        return difference(best(runs, [method])[2], best(runs, ["adamw"])[2])
+
+    logs = {
+        "batches of 32, 4,800 steps": read("bert-batches-of-32")[0],
+        "of 256, 600 steps": read("bert")[0],
+    }
+    rows = {
         "`steady_came`, no Nesterov momentum": "steady-came-no-nesterov",
         "Adafactor, momentum 0.9": "adafactor",
         "`came`, as published": "came",
-    }.items():
-        cells = [
-            difference(best(runs, [method])[2], best(runs, ["adamw"])[2])
-            for runs in (small, large)
-        ]
-        rows.append([name, *cells])
-    head = ["loss − AdamW's", "batches of 32, 4,800 steps", "of 256, 600 steps"]
-    return table(head, rows)
+    }
+    return grid("loss − AdamW's", logs, rows, cell)
 
 
 def clip_table():
@@ -174,52 +162,44 @@ def clip_table():
         row = json.loads(line)
         key = row["task"], row["variant"], row["learning_rate"]
         runs[key][row["seed"]] = {"loss": row["validation_loss"]}
-    rates = {"gpt2": 0.0056, "bert": 0.0056, "t5": 0.0032}
-    rows = []
-    for name, variant in {
+
+    def cell(variant, task_and_rate):
+        task, rate = task_and_rate
+        return difference(runs[task, variant, rate], runs[task, "final clip", rate])
+
+    columns = {
+        "GPT-2": ("gpt2", 0.0056),
+        "BERT": ("bert", 0.0056),
+        "T5": ("t5", 0.0032),
+    }
+    variants = {
         "`update_clipping_threshold=None`, the default": "no final clip",
         "that, and `clipping_threshold=None`": "no clip",
-    }.items():
-        cells = [
-            difference(runs[task, variant, rate], runs[task, "final clip", rate])
-            for task, rate in rates.items()
-        ]
-        rows.append([name, *cells])
-    return table(["loss − that with both at 1", *TASKS], rows)
+    }
+    return grid("loss − that with both at 1", columns, variants, cell)
 
 
 def fine_tuning_table():
     runs, taken = read("fine-tuning")
     _, _, ours = best(runs, ["steady-came"], 5)  # A few rates had one seed.
     rows = []
-    for name in (
-        "`steady_came`",
-        "NAdamW",
-        "AdamW",
-        "Adafactor, momentum 0.9",
-    ):
+    for name in ("`steady_came`", "NAdamW", "AdamW", "Adafactor, momentum 0.9"):
         method, rate, by_seed = best(runs, OPTIMIZERS[name], 5)
         rows.append(
-            [
-                name,
-                f"{taken[method]:.1f}",
-                f"{rate:.1e}",
-                mean(losses(by_seed).values()),
-                "" if method == "steady-came" else difference(by_seed, ours),
-                mean((100 * run["accuracy"] for run in by_seed.values()), 1),
-            ]
+            {
+                "optimizer": name,
+                "bytes / parameter": f"{taken[method]:.1f}",
+                "learning rate": f"{rate:.1e}",
+                "loss": mean(losses(by_seed).values()),
+                "− `steady_came`'s": ""
+                if method == "steady-came"
+                else difference(by_seed, ours),
+                "sentences right (%)": mean(
+                    (100 * run["accuracy"] for run in by_seed.values()), 1
+                ),
+            }
         )
-    return table(
-        [
-            "optimizer",
-            "bytes / parameter",
-            "learning rate",
-            "loss",
-            "− `steady_came`'s",
-            "sentences right (%)",
-        ],
-        rows,
-    )
+    return table(rows[0], [row.values() for row in rows])
 
 
 def largest_updates():

@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -68,6 +69,14 @@ def test_report_of_nothing_and_the_page_is_what_it_says(tmp_path):
         assert not set(part.optimizers) - set(STUDY.optimizers)
         seeds[part.kind == "judge"] |= set(part.seeds)
     assert not seeds[True] & seeds[False]
+
+
+@pytest.mark.parametrize("name", ["weights", "study"])
+def test_committed_results_are_what_the_report_says_of_their_log(name, tmp_path):
+    folder = ROOT / "docs/results" / name
+    shutil.copy(folder / "runs.jsonl", tmp_path)
+    page = report.write(protocol.read(folder / "protocol.md"), tmp_path)
+    assert page == (folder / "results.md").read_text(encoding="utf-8")
 
 
 def test_data_law_finds_what_made_the_losses():
