@@ -226,9 +226,9 @@ def settings_rows(results: Results, part: Part) -> list[dict[str, str]]:
         chosen = results.study.chosen(part, name, results.losses)
         settings = chosen or min(runs, key=lambda run: losses([run])[0])["settings"]
         at = losses(run for run in runs if run["settings"] == settings)
-        described = ", ".join(f"{k} {v:g}" for k, v in settings.items())
-        cells = {"optimizer": name, "runs": str(len(runs)), "loss": f"{at.mean():.4f}"}
-        rows.append({**cells, "settings": described + ("" if chosen else ", so far")})
+        done = f"{len(runs)}{'' if chosen else ' so far'}"
+        cells = {"optimizer": name, "runs": done, "loss": f"{at.mean():.4f}"}
+        rows.append(cells | {k: f"{v:g}" for k, v in settings.items()})
     return rows
 
 
