@@ -79,6 +79,22 @@ def test_committed_results_are_what_the_report_says_of_their_log(name, tmp_path)
     assert page == (folder / "results.md").read_text(encoding="utf-8")
 
 
+def test_what_is_said_of_the_smallest_gpt2_is_what_the_log_has():
+    """On README, the study's page and Which optimizer?"""
+    judged = report.Results(STUDY, PAGE.parent).judged("gpt2-small")
+
+    def word(name, other):
+        return report.verdict(report.gaps(judged[name], judged[other])).split()[3:]
+
+    forms = ["moment-after", "moment-before", "came-before"]
+    for leader in ("muon", *forms):
+        assert word(leader, "steady-came") == word(leader, "nadamw") == ["better"]
+    assert all(word(form, "muon") in ([], ["better"]) for form in forms)
+    assert word("steady-came", "adamw") == word("nadamw", "adamw") == ["better"]
+    assert word("steady-came", "nadamw") == word("came", "adamw") == []
+    assert report.gaps(judged["came"], judged["adamw"]).mean() > 0.01
+
+
 def test_data_law_finds_what_made_the_losses():
     tokens = np.asarray([1.0, 2.0, 4.0, 8.0, 16.0])
     losses, at_6 = 2 + 0.5 * tokens**-0.4, 2 + 0.5 * 6.0**-0.4
