@@ -259,35 +259,48 @@ def draw(path: Path, results: Results) -> None:
     figure, grid = plt.subplots(
         len(compared),
         2,
-        figsize=(9, 3.2 * len(compared)),
+        figsize=(11, 3.6 * len(compared)),
         squeeze=False,
         layout="constrained",
     )
     for axes, (task, judged) in zip(grid, compared.items(), strict=True):
         seconds = results.seconds.get(task)
+        points: list[dict[str, tuple[float, float]]] = [{}, {}]
         for name, runs in judged.items():
             row, (mean, error) = next(iter(runs.values())), _of(runs)
             cost = row["matmul_flops_per_step"] / 1e9
             if seconds is not None:
                 cost = 1e3 * seconds.get(name, math.nan)
-            k = list(results.study.optimizers).index(name)
-            style = {
-                "color": f"C{k % 10}",
-                "fmt": "osD^v<>pPX*hd8"[k % 14],
-                "label": name,
-            }
-            for axis, x in zip(
-                axes, (row["state_bytes_per_parameter"], cost), strict=True
+            for axis, x, of_axis in zip(
+                axes, (row["state_bytes_per_parameter"], cost), points, strict=True
             ):
                 if math.isfinite(mean) and math.isfinite(x):
-                    axis.errorbar(x, mean, np.nan_to_num(error), **style)
+                    axis.errorbar(x, mean, np.nan_to_num(error), fmt="o", color="C0")
+                    of_axis[name] = x, mean
         axes[0].set(ylabel=f"{task}: loss", xlabel="state, bytes a parameter")
         axes[1].set(xlabel="ms a step" if seconds else "GFLOP a step")
-    known = [axis.get_legend_handles_labels() for axis in grid.flat]
-    handles = {name: h for pair in known for h, name in zip(*pair, strict=True)}
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=5)
+        for axis, of_axis in zip(axes, points, strict=True):
+            _label(axis, of_axis)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
+
+
+def _label(axis: Any, points: Mapping[str, tuple[float, float]]) -> None:
+    """Writes the points' names in a column beside them, none over another."""
+    low, high = axis.get_ylim()
+    place = -math.inf
+    for name, (x, y) in sorted(points.items(), key=lambda point: point[1][1]):
+        place = max(y, place + 0.06 * (high - low))
+        axis.annotate(
+            name,
+            (x, y),
+            xytext=(1.02, place),
+            textcoords=axis.get_yaxis_transform(),
+            fontsize=8,
+            verticalalignment="center",
+            arrowprops={"arrowstyle": "-", "color": "0.8", "linewidth": 0.6},
+            annotation_clip=False,
+        )
 
 
 def _of(runs: Runs) -> tuple[float, float]:
