@@ -28,6 +28,9 @@ ROWS = {"`steady_came`": "steady-came", "`optax.adamw`": "adamw"} | {
 @pytest.mark.parametrize(
     ("model", "published"),
     [
+        ("bert-large", 335e6),
+        ("gpt2", 124e6),
+        ("gpt2-xl", 1558e6),
         ("t5-3b", 2850e6),
         ("t5-11b", 11307e6),
         # Decoders to the last parameter.

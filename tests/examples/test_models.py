@@ -90,10 +90,17 @@ def test_logits_are_float32_where_they_are_wanted(build, config, lengths, dtype)
     chex.assert_type(logits, jnp.float32)
 
 
-def test_what_no_model_has_is_refused():
-    """BERT's and T5's are in test_hugging_face."""
-    with pytest.raises(ValueError, match="n_embd 12 is no multiple of"):
-        dataclasses.replace(GPT2, n_head=5)
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: dataclasses.replace(GPT2, n_head=5), "n_embd 12 is no multiple of"),
+        (lambda: dataclasses.replace(BERT, num_attention_heads=5), "hidden_size 12"),
+        (lambda: dataclasses.replace(T5, feed_forward_proj="silu"), "only 'relu' or"),
+    ],
+)
+def test_what_no_model_has_is_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
 
 
 def differs(one, other):
