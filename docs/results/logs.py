@@ -9,10 +9,13 @@ import collections
 import json
 import pathlib
 import statistics
+import sys
 
 RESULTS = pathlib.Path(__file__).parent
 LOGS = RESULTS / "small-models"
 README = RESULTS.parents[1] / "README.md"
+sys.path.append(str(RESULTS.parents[1] / "examples"))
+from table import format_table  # noqa: E402
 
 
 def read(name):
@@ -62,15 +65,4 @@ def difference(by_seed, other):
 
 def table(head, rows):
     """Returns a table in Markdown, its first column on the left."""
-    cells = [list(map(str, row)) for row in (head, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        [
-            f"{row[0]:<{widths[0]}}",
-            *(f"{x:>{n}}" for x, n in zip(row[1:], widths[1:], strict=True)),
-        ]
-        for row in cells
-    ]
-    rule = ["-" * widths[0], *("-" * (n - 1) + ":" for n in widths[1:])]
-    lines.insert(1, rule)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return format_table([head, *rows], markdown=True) + "\n"

@@ -11,7 +11,7 @@ import numpy as np
 import tokenizers
 from tokenizers import Tokenizer
 
-from data.tokenization import cached, id_of
+from data.tokenization import cached
 from task import Record
 
 PAD, UNKNOWN, CLS, SEP, MASK = SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -32,7 +32,7 @@ def wordpiece(documents: Sequence[str], vocab_size: int) -> Tokenizer:
         )
         tokenizer.train_from_iterator(documents, trainer)
         tokenizer.post_processor = tokenizers.processors.BertProcessing(
-            *((t, id_of(tokenizer, t)) for t in (SEP, CLS))
+            (SEP, SEP_ID), (CLS, CLS_ID)
         )
         return tokenizer
 

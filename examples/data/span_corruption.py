@@ -12,7 +12,7 @@ import numpy as np
 import tokenizers
 from tokenizers import Tokenizer
 
-from data.tokenization import cached, id_of
+from data.tokenization import cached
 from task import Record, UserError
 
 PAD, END, UNKNOWN = SPECIAL = ("<pad>", "</s>", "<unk>")
@@ -56,11 +56,10 @@ def unigram(documents: Sequence[str], vocab_size: int) -> Tokenizer:
         except Exception as error:  # `tokenizers` raises nothing more specific.
             raise UserError(f"--vocab-size {vocab_size}: {error}") from error
         tokenizer.add_special_tokens(list(reversed(SENTINELS)))
-        end = END
         tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-            single=f"$A {end}",
-            pair=f"$A {end} $B {end}",
-            special_tokens=[(end, id_of(tokenizer, end))],
+            single=f"$A {END}",
+            pair=f"$A {END} $B {END}",
+            special_tokens=[(END, END_ID)],
         )
         return tokenizer
 
