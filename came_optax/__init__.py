@@ -25,6 +25,7 @@ from came_optax._master_weights import (
 from came_optax._memory import StateMemory, state_memory
 from came_optax._muon import came_muon
 from came_optax._muon_dimensions import ByMuonDimensionNumbers
+from came_optax._muon_update import CameMuonState
 from came_optax._orthogonalize import orthogonalize
 from came_optax._quantized_ema import QuantizedEmaState, quantized_ema
 from came_optax._scale_by_came import ScaleByCameState, scale_by_came
@@ -35,6 +36,7 @@ __all__ = [
     "BalancedSplit",
     "ByMuonDimensionNumbers",
     "ByPath",
+    "CameMuonState",
     "Codes",
     "ConversionReport",
     "FactoredAxes",

@@ -45,10 +45,13 @@ def convert_state(
       is 10⁷, as averages that did not start at zero must not be corrected: before
       some :math:`1 / (1 - \beta_2)` steps of Adam, the first of CAME's are too long.
       AdaMax has states of Adam's class that hold no second moment: don't convert them.
-    - ``optax.contrib.muon`` to :func:`came_muon`: hidden matrices' momentum, over a
-      root mean square that each of them has as a whole; the rest as from Adam.
     - CAME to Adam: :math:`\nu` is the outer product of rows and columns, and
       :math:`\mu` is :math:`m \sqrt{\nu}`. Adam's own count is 10⁷.
+    - To ``optax.contrib.muon`` and the hidden matrices of :func:`came_muon`: momentum
+      is of gradients, as Adam's is; CAME's is :math:`m \sqrt{\nu}`. The second moment,
+      of what is orthogonalised, begins anew.
+    - From these: momentum is over a root mean square that each matrix has as a whole,
+      as if gradients were noise.
 
     An injected hyperparameter goes on as it is in the state where ``old`` and ``new``
     give it the same value; where they don't, it is as ``new`` gives it.
@@ -196,7 +199,7 @@ def _convert(
     for part, sources in zip(new_parts, sources_of, strict=True):
         if not sources:
             continue
-        if part.kind in KINDS and KINDS[part.kind].write:
+        if part.kind in KINDS:
             made = dict(convert(part, sources, by_path))
         else:
             made = dict(carry(part, sources, by_path, given_in_old))

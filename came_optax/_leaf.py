@@ -21,8 +21,8 @@ class Leaf(NamedTuple):
     """The arrays of one leaf; None for what its transformation doesn't keep.
 
     The fields are those of the public states, which say what they are. The first half
-    of the algorithm is done if there is a ``v``, the second if there is a ``mu``, with
-    confidence if there is an ``s_row``.
+    of the algorithm is done if there is a ``v_row``, the second if there is a ``mu``,
+    with confidence if there is an ``s_row``.
     """
 
     v_row: jax.Array | None = None
@@ -173,7 +173,7 @@ def _by_schedule(
     def u() -> jax.Array:
         return g
 
-    if leaf.v is not None:
+    if leaf.v_row is not None:
         factored = _factored(leaf.v_row, leaf.v_col) if axes.factored else None
         u, v = schedule.normalize(g, factored or leaf.v, h, axes, seen)
         new = {"v_row": v.row, "v_col": v.col} if axes.factored else {"v": v}

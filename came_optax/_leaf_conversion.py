@@ -17,7 +17,9 @@ from came_optax._confidence import ScaleByConfidenceState
 from came_optax._factored_axes import FactoredAxes
 from came_optax._factored_moment import ScaleByFactoredMomentState
 from came_optax._kept_axes import lost_axes
-from came_optax._paths import KeyPath, Shape
+from came_optax._momentum import Stored
+from came_optax._muon_update import CameMuonState
+from came_optax._paths import KeyPath, Shape, owner
 from came_optax._quantized_ema import QuantizedEmaState
 from came_optax._scale_by_came import ScaleByCameState
 
@@ -34,11 +36,13 @@ class Moments(NamedTuple):
         whatever a plain average is given.
       v: the second moment of each element.
       s: the instability of each element.
+      g: the first moment of gradients themselves.
     """
 
     m: Any = None
     v: Any = None
     s: Any = None
+    g: Any = None
 
 
 class Target(NamedTuple):
@@ -59,9 +63,8 @@ class Target(NamedTuple):
     s: Any
 
 
-def read(p: jax.Array, leaf: Leaf, kept: Leaf, new_kept: Leaf) -> Moments:
+def read(p: jax.Array, leaf: Leaf, kept: Leaf) -> Moments:
     """Reads a leaf of this library's states."""
-    del new_kept
     m = None
     if "mu" in leaf:
         like = p.astype(wide_dtype(p.dtype))
@@ -84,10 +87,15 @@ def write(moments: Moments, to: Target) -> Leaf:
     if "v" in leaf and not to.kept["v_row"]:
         leaf["v"] = moments.v
     if "mu" in leaf:
-        axes = _axes_of_codes(to.p, to.kept["mu"])
-        storage = momentum.Storage(moments.m, axes, to.count)
-        leaf["mu"], _ = storage.store(lambda: moments.m, leaf["mu"])
+        leaf["mu"] = _stored(moments.m, to)
     return leaf
+
+
+def _stored(m: jax.Array, to: Target) -> Stored:
+    """Returns momentum as the new optimizer stores it."""
+    axes = _axes_of_codes(to.p, to.kept["mu"])
+    stored, _ = momentum.Storage(m, axes, to.count).store(lambda: m, to.leaf["mu"])
+    return stored
 
 
 def _whole(name: str, p: jax.Array, leaf: Leaf, kept: Leaf) -> jax.Array | None:
@@ -113,46 +121,63 @@ def _axes_of_codes(p: jax.Array, kept: Any) -> FactoredAxes:
     return FactoredAxes(lost_axes(p.ndim, kept.col_scale), over_col)
 
 
-def _read_adam(p: jax.Array, leaf: Leaf, kept: Leaf, new_kept: Leaf) -> Moments:
+def _read_adam(p: jax.Array, leaf: Leaf, kept: Leaf) -> Moments:
     """CAME's momentum of Adam's: over the root mean square, itself of at most 1."""
-    del kept, new_kept
+    del kept
     v = jnp.real(leaf["nu"]).astype(real_dtype(p.dtype))
-    m = leaf["mu"].astype(wide_dtype(p.dtype))
-    m = m * jnp.where(v > 0, jax.lax.rsqrt(jnp.where(v > 0, v, 1)), 0)
-    return Moments(m / jnp.maximum(1, jnp.sqrt(jnp.mean(jnp.abs(m) ** 2))), v)
+    g = leaf["mu"].astype(wide_dtype(p.dtype))
+    m = g * _inverse_root(v)
+    return Moments(m / jnp.maximum(1, jnp.sqrt(jnp.mean(jnp.abs(m) ** 2))), v, g=g)
 
 
 def _write_adam(moments: Moments, to: Target) -> Leaf:
-    m, v, _ = moments
     return {
-        "mu": (m * jnp.sqrt(v)).astype(to.leaf["mu"].dtype),
-        "nu": v.astype(to.leaf["nu"].dtype),
+        "mu": _of_gradients(moments).astype(to.leaf["mu"].dtype),
+        "nu": moments.v.astype(to.leaf["nu"].dtype),
     }
 
 
-def _read_muon(p: jax.Array, leaf: Leaf, kept: Leaf, new_kept: Leaf) -> Moments:
-    """CAME's momentum of Muon's: over a root mean square that all of a matrix share.
+def _read_muon(p: jax.Array, leaf: Leaf, kept: Leaf) -> Moments:
+    return Moments(g=read(p, {"mu": leaf["mu"]}, {"mu": kept["mu"]}).m)
+
+
+def _write_muon(moments: Moments, to: Target) -> Leaf:
+    """Of CameMuonState, too, whose rows and columns are told apart anew."""
+    return to.leaf | {"mu": _stored(_of_gradients(moments), to)}
+
+
+def _of_gradients(moments: Moments) -> jax.Array:
+    g: jax.Array = moments.g
+    return moments.m * jnp.sqrt(moments.v) if g is None else g
+
+
+def _with_second_moment(moments: Moments, p: jax.Array, kept: Leaf) -> Moments:
+    """CAME's moments of Muon's, over a root mean square that all of a matrix share.
 
     Muon knows none. That of gradients is as if they were noise, of which an average
     with β = 0.95 has a 39th of the mean square; the statistics soon have their own.
     """
-    del kept
-    m = leaf["mu"].astype(wide_dtype(p.dtype))
+    g = moments.g
     matrix = [
         axis
         for name in ("v_row", "v_col")
-        if new_kept.get(name)
-        for axis in lost_axes(p.ndim, new_kept[name])
+        if kept.get(name)
+        for axis in lost_axes(p.ndim, kept[name])
     ]
     square = jnp.mean(
-        jnp.abs(m) ** 2, tuple(matrix) or (-2, -1)[-m.ndim :], keepdims=True
+        jnp.abs(g) ** 2, tuple(matrix) or (-2, -1)[-g.ndim :], keepdims=True
     )
-    v = 39 * jnp.broadcast_to(square, m.shape)
-    return Moments(m * jnp.where(v > 0, jax.lax.rsqrt(jnp.where(v > 0, v, 1)), 0), v)
+    v = 39 * jnp.broadcast_to(square, g.shape)
+    return Moments(g * _inverse_root(v), v, g=g)
 
 
-def _read_ema(p: jax.Array, leaf: Leaf, kept: Leaf, new_kept: Leaf) -> Moments:
-    return read(p, {"mu": leaf["ema"]}, {"mu": kept["ema"]}, new_kept)
+def _inverse_root(v: jax.Array) -> jax.Array:
+    """Returns 1 / sqrt(v), or 0 where v is."""
+    return jnp.where(v > 0, jax.lax.rsqrt(jnp.where(v > 0, v, 1)), 0)
+
+
+def _read_ema(p: jax.Array, leaf: Leaf, kept: Leaf) -> Moments:
+    return read(p, {"mu": leaf["ema"]}, {"mu": kept["ema"]})
 
 
 def _write_ema(moments: Moments, to: Target) -> Leaf:
@@ -166,22 +191,21 @@ class Kind(NamedTuple):
       family: states of one family can become each other.
       algorithm: states of one algorithm go on counting in each other. In another, the
         averages are taken for what they are, without a start at zero to correct.
-      read: returns the moments of a leaf whose arrays have some axes of its parameter,
-        for one whose arrays will have others.
-      write: returns the leaf that has these moments; None if no state but one of the
-        kind becomes one of it.
+      read: returns the moments of a leaf whose arrays have some axes of its parameter.
+      write: returns the leaf that has these moments.
     """
 
     family: str
     algorithm: str
-    read: Callable[[jax.Array, Leaf, Leaf, Leaf], Moments] = read
-    write: Callable[[Moments, Target], Leaf] | None = write
+    read: Callable[[jax.Array, Leaf, Leaf], Moments] = read
+    write: Callable[[Moments, Target], Leaf] = write
 
 
 KINDS: dict[type, Kind] = {
     ScaleByCameState: Kind("adaptive momentum", "CAME"),
     optax.ScaleByAdamState: Kind("adaptive momentum", "Adam", _read_adam, _write_adam),
-    optax.contrib.MuonState: Kind("adaptive momentum", "Muon", _read_muon, None),
+    CameMuonState: Kind("adaptive momentum", "Muon", _read_muon, _write_muon),
+    optax.contrib.MuonState: Kind("adaptive momentum", "Muon", _read_muon, _write_muon),
     ScaleByFactoredMomentState: Kind("factored moment", "CAME"),
     ScaleByConfidenceState: Kind("confidence", "CAME"),
     QuantizedEmaState: Kind("average", "average"),
@@ -202,11 +226,14 @@ def convert(
       params: the parameters by their paths.
     """
     kind = KINDS[part.kind]
-    assert kind.write is not None
     olds = [x for x in dict.fromkeys(sources.values())]
     alike = [x for x in olds if KINDS[x.kind].algorithm == kind.algorithm]
     count = alike[0].node.count if alike else jnp.array(_LONG_AGO, jnp.int32)
     yield (GetAttrKey("count"),), count
+    for place in part.arrays:  # What else no parameter owns: Muon's coefficients.
+        if owner(place, params)[0] is None and place != (GetAttrKey("count"),):
+            same_kind = (x for x in olds if x.kind is part.kind)
+            yield place, next(same_kind, part).arrays[place]
     s = _mean_instability(olds)
     for path, (like, kept) in part.leaves.items():
         if path not in sources:
@@ -221,9 +248,11 @@ def convert(
                 if old_kept[name] == kept[name] and _alike(x, like[name])
             }
         if len(leaf) < len(like):
-            moments = KINDS[source.kind].read(params[path], old, old_kept, kept)
-            target = Target(params[path], like, kept, count, s)
-            leaf = kind.write(moments, target) | leaf
+            p = params[path]
+            moments = KINDS[source.kind].read(p, old, old_kept)
+            if moments.m is None and moments.g is not None:
+                moments = _with_second_moment(moments, p, kept | old_kept)
+            leaf = kind.write(moments, Target(p, like, kept, count, s)) | leaf
         for name, stored in leaf.items():
             for keys, x in jax.tree.leaves_with_path(stored):
                 yield (GetAttrKey(name), *path, *keys), x

@@ -1,4 +1,4 @@
-"""Muon led by CAME's statistics for hidden matrices, CAME for everything else."""
+"""Muon with a factored second moment for hidden matrices, CAME for all else."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import jax
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from came_optax._algorithm import Hyperparameters
 from came_optax._boxes import unbox
 from came_optax._came import steady_came
 from came_optax._checks import check_scalar, check_state
@@ -18,8 +17,8 @@ from came_optax._factored_axes import FactoringRule
 from came_optax._factoring import BalancedSplit, check_regex
 from came_optax._hidden import hidden_leaves
 from came_optax._momentum import MuDtype
+from came_optax._muon_update import matrix_transform
 from came_optax._orthogonalize import orthogonalize
-from came_optax._scale_by_came import came_transform
 from came_optax._transformation import transformation
 from came_optax._unmatched import warn_of_unmatched
 from came_optax._weight_decay import add_decayed_weights
@@ -30,10 +29,6 @@ def came_muon(
     b1: ArrayLike = 0.95,
     b2: ArrayLike = 0.95,
     *,
-    b3: ArrayLike = 0.9999,
-    eps1: ArrayLike = 1e-30,
-    eps2: ArrayLike = 0.1,
-    clipping_threshold: ArrayLike | None = 1.0,
     weight_decay: float | jax.Array = 0.0,
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     hidden: str | Any | Callable[[optax.Params], Any] | None = None,
@@ -41,26 +36,33 @@ def came_muon(
     factoring: FactoringRule = BalancedSplit(min_dim_size=2),
     mu_dtype: MuDtype = "int8",
     nesterov: bool = True,
-    bias_correction: bool = True,
     ns_coeffs: str | Sequence[float] | Sequence[Sequence[float]] = "standard",
     consistent_rms: ArrayLike | None = 0.2,
     ns_dtype: DTypeLike | None = None,
     params_sharding: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Muon's kind of update on a byte of state a parameter: CAME's, orthogonalised.
+    r"""Muon's kind of update on a byte of state a parameter, and CAME for the rest.
 
-    Hidden matrices are updated by :func:`scale_by_came`, whose update is then brought
-    to orthogonality (:func:`orthogonalize`); embeddings, heads, positions and vectors
-    by :func:`steady_came`. With :math:`\Delta` the update of :func:`steady_came`'s
-    equations before learning rate and decay, a hidden matrix moves by
+    Hidden matrices have Muon's update, whose rows and columns are then brought to one
+    size by a factored second moment, as CAME and Adafactor have it; embeddings, heads,
+    positions and vectors are updated by :func:`steady_came`. At step :math:`t` a hidden
+    matrix of gradient :math:`g` moves by
 
     .. math::
 
-        X &\leftarrow \Delta / \lVert \Delta \rVert_F \\
+        m &\leftarrow \beta_1 m + (1 - \beta_1) g \\
+        X &= \beta_1 m / (1 - \beta_1^{t+1}) + (1 - \beta_1) g / (1 - \beta_1^t) \\
+        X &\leftarrow X / \lVert X \rVert_F \\
         X &\leftarrow a X + b X X^\top X + c (X X^\top)^2 X
             \quad\text{(five times)} \\
+        v_r &\leftarrow \beta_2 v_r + (1 - \beta_2)
+            \operatorname{mean}_{col}(X^2), \quad v_c \text{ likewise} \\
+        X &\leftarrow X \, / \sqrt{v_r v_c^\top / \operatorname{mean}(v_r)} \\
         \theta &\leftarrow \theta - \eta \left(
-            0.2 \sqrt{\max(rows, columns)} \, X + \lambda \theta \right)
+            0.2 \, X / \operatorname{RMS}(X) + \lambda \theta \right)
+
+    A matrix whose momentum is 0 does not move. One of low rank moves its few directions
+    further than under Muon, as all updates have one size.
 
     In 8 bits, both take about 1 byte of state a parameter; ``optax.contrib.muon`` takes
     4 for hidden matrices and 8 for the rest. The five steps cost up to 20 m² n + 10 m³
@@ -83,12 +85,7 @@ def came_muon(
     Args:
       learning_rate: step size, a number or a schedule; that of AdamW to a few times it.
       b1: decay rate of the hidden matrices' momentum; 0 ≤ b1 < 1.
-      b2: decay rate of their second moment; 0 ≤ b2 < 1.
-      b3: decay rate of their instability; 0 ≤ b3 < 1.
-      eps1: added to their squared gradient; ≥ 1e-30.
-      eps2: added to their instability; ≥ 1e-30.
-      clipping_threshold: largest root mean square of their normalised gradient; > 0, or
-        None.
+      b2: decay rate of the second moment of what was orthogonalised; 0 ≤ b2 < 1.
       weight_decay: decoupled weight decay of all leaves, multiplied by their learning
         rate; if not 0, ``update`` needs ``params``.
       weight_decay_mask: as in :func:`came`. A function is called with one group's
@@ -111,17 +108,17 @@ def came_muon(
       mu_dtype: how momentum is stored, of all leaves: None or float32, bfloat16, int8
         or int4, as a dtype or its name.
       nesterov: whether the hidden matrices' update looks one step ahead.
-      bias_correction: whether their averages are corrected for their start at zero.
       ns_coeffs: the iteration's coefficients; see :func:`orthogonalize`.
       consistent_rms: root mean square of a hidden matrix's update, before learning rate
-        and weight decay; see :func:`orthogonalize`.
+        and weight decay; 0.2 is about AdamW's. None is 1/√rows, as long as Jordan's
+        Muon is at full rank.
       ns_dtype: the iteration's; see ``dtype`` of :func:`orthogonalize`.
       params_sharding: the parameters' on a mesh of ``Auto`` axes, so that its devices
         share the iteration; see :func:`orthogonalize`.
 
     Returns:
-      The optimizer. Its state is that of an ``optax.partition`` into ``"hidden"`` and
-      ``"rest"``; its updates have the parameters' dtype.
+      The optimizer. Its state is that of an ``optax.partition`` into ``"hidden"``, with
+      a :class:`CameMuonState`, and ``"rest"``; its updates have the parameters' dtype.
 
     Raises:
       ValueError: an argument or a leaf's axes are out of range, ``hidden`` names one
@@ -141,15 +138,17 @@ def came_muon(
       >>> print(state_memory(tx, params).by_leaf_table())
                   group   shape  rows  columns  parameters  state bytes  bytes/param
       embed        rest  512×64   512       64      32,768       39,684        1.211
-      up/kernel  hidden  64×256    64      256      16,384       20,228        1.235
+      up/kernel  hidden  64×256    64      256      16,384       18,944        1.156
       up/bias      rest     256                        256        2,064        8.062
       (other)                                                         8
-      total                                         49,408       61,984        1.255
+      total                                         49,408       60,700        1.229
 
     References:
       Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon/>`_, 2024; Liu et
       al., `Muon is scalable for LLM training <https://arxiv.org/abs/2502.16982>`_,
-      2025; Luo et al., `CAME <https://arxiv.org/abs/2307.02047>`_, 2023.
+      2025; Li et al., `NorMuon <https://arxiv.org/abs/2510.05491>`_, 2025, with one
+      second moment a neuron in the place of rows and columns; Luo et al., `CAME
+      <https://arxiv.org/abs/2307.02047>`_, 2023.
     """
     check_scalar(
         "rest_learning_rate_scale", rest_learning_rate_scale, at_least=0, below=math.inf
@@ -159,29 +158,21 @@ def came_muon(
     if isinstance(hidden, str):
         check_regex(hidden, "hidden")
 
-    # The form: what comes before the orthogonalisation of hidden matrices, and after.
     matrices = transformation(
-        came_transform(
-            "came_muon",
-            Hyperparameters(
-                b1=b1,
-                b2=b2,
-                b3=b3,
-                eps1=eps1,
-                eps2=eps2,
-                clip=clipping_threshold,
-                nesterov=nesterov,
-            ),
-            bias_correction,
-            factoring,
-            mu_dtype,
-        ),
-        orthogonalize(
+        matrix_transform(
+            b1=b1,
+            b2=b2,
+            nesterov=nesterov,
             factoring=factoring,
-            ns_coeffs=ns_coeffs,
+            mu_dtype=mu_dtype,
+            orthogonalize=orthogonalize(
+                factoring=factoring,
+                ns_coeffs=ns_coeffs,
+                consistent_rms=1.0,
+                dtype=ns_dtype,
+                params_sharding=params_sharding,
+            ),
             consistent_rms=consistent_rms,
-            dtype=ns_dtype,
-            params_sharding=params_sharding,
         ),
         add_decayed_weights(weight_decay, weight_decay_mask),
         optax.scale_by_learning_rate(learning_rate),

@@ -6,7 +6,7 @@ put back into boxes: each of these once.
 """
 
 import functools
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -30,19 +30,44 @@ Tree: TypeAlias = Any  # Of arrays, or of codes.
 State: TypeAlias = Any
 
 
-class LeafTransform(NamedTuple):
-    """What is done to every leaf.
+class TreeTransform(Protocol):
+    """What is done to a tree without boxes, in the precision of its statistics.
 
     Attributes:
       made_by: the public function that makes the transformation, for errors.
-      state_type: a NamedTuple of ``count`` and of trees with the parameters' structure,
-        fields of a :class:`came_optax._leaf.Leaf`.
-      hyperparameters: numbers, or arrays of shape ().
-      bias_correction: whether averages are corrected for their start at zero.
+      state_type: a NamedTuple of ``count`` and of trees with the parameters' structure.
       factoring: which axes of each leaf are rows and columns.
-      mu_dtype: the name of the dtype that momentum is stored as.
       to_params_dtype: whether updates are rounded to the parameters' dtype, where there
         are any, rather than to that of the updates that come in.
+    """
+
+    @property
+    def made_by(self) -> str: ...
+    @property
+    def state_type(self) -> Any: ...
+    @property
+    def factoring(self) -> FactoringRule: ...
+    @property
+    def to_params_dtype(self) -> bool: ...
+
+    def init(self, params: Tree) -> State:
+        """Returns the state of parameters."""
+
+    def update(self, updates: Tree, state: State) -> tuple[Tree, State]:
+        """Returns the updates, unrounded, and the new state."""
+
+
+class LeafTransform(NamedTuple):
+    """The same for every leaf: a :class:`TreeTransform` of the algorithm, or of a part.
+
+    Attributes:
+      made_by: see :class:`TreeTransform`.
+      state_type: its trees are fields of a :class:`came_optax._leaf.Leaf`.
+      hyperparameters: numbers, or arrays of shape ().
+      bias_correction: whether averages are corrected for their start at zero.
+      factoring: see :class:`TreeTransform`.
+      mu_dtype: the name of the dtype that momentum is stored as.
+      to_params_dtype: see :class:`TreeTransform`.
     """
 
     made_by: str
@@ -53,9 +78,59 @@ class LeafTransform(NamedTuple):
     mu_dtype: str = "float32"
     to_params_dtype: bool = False
 
+    def init(self, params: Tree) -> State:
+        """Returns the state of parameters without boxes."""
+        fields = tuple(name for name in self.state_type._fields if name != "count")
+        treedef: Any = jax.tree.structure(params)
+        axes = treedef.flatten_up_to(factored_axes(self.factoring, params))
+        leaves = [
+            leaf.init(p, leaf_axes, self.mu_dtype, fields)
+            for p, leaf_axes in zip(jax.tree.leaves(params), axes, strict=True)
+        ]
+        return _as_state(self.state_type, treedef, jnp.zeros([], jnp.int32), leaves)
+
+    def update(self, updates: Tree, state: State) -> tuple[Tree, State]:
+        """Returns updates in the precision of their statistics, and the new state."""
+        treedef: Any = jax.tree.structure(updates)
+        axes = treedef.flatten_up_to(factored_axes(self.factoring, updates))
+        trees = {
+            name: getattr(state, name) for name in state._fields if name != "count"
+        }
+        for tree in trees.values():
+            check_same_leaves("updates", updates, "state", tree, momentum.is_codes)
+        columns = [treedef.flatten_up_to(tree) for tree in trees.values()]
+        count: jax.Array = jnp.asarray(optax.safe_increment(state.count))
+
+        @functools.cache
+        def numbers(dtype: Any) -> tuple[Hyperparameters, algorithm.Seen | None]:
+            h = leaf.cast_hyperparameters(self.hyperparameters, dtype)
+            corrected = self.bias_correction
+            seen = algorithm.seen_after(count.astype(dtype), h) if corrected else None
+            return h, seen
+
+        new_updates, leaves, token = [], [], jnp.zeros([], jnp.float32)
+        for (path, g), leaf_axes, *arrays in zip(
+            jax.tree.leaves_with_path(updates), axes, *columns, strict=True
+        ):
+            old = leaf.Leaf(**dict(zip(trees, arrays, strict=True)))
+            dtype = leaf.arithmetic_dtype(old)
+            leaf.check(path, g, old, leaf_axes, self.mu_dtype, dtype)
+            u, new = g, old
+            if g.size > 0:
+                u, new = leaf.update(
+                    g, old, *numbers(dtype), count, leaf_axes, dtype, token
+                )
+                token = leaf.next_token(new, token)
+            new_updates.append(u)
+            leaves.append(new)
+        return (
+            treedef.unflatten(new_updates),
+            _as_state(type(state), treedef, count, leaves),
+        )
+
 
 def transformation(
-    transform: LeafTransform, *then: optax.GradientTransformation
+    transform: TreeTransform, *then: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:
     """Returns the transformation that does the same to every leaf.
 
@@ -71,7 +146,7 @@ def transformation(
     def init_fn(params: optax.Params) -> State:
         check_inexact("params", boxes.unbox(params))
         warn_of_unmatched(transform.factoring, boxes.unbox(params))
-        state = boxes.box_state(params, functools.partial(_init, transform))
+        state = boxes.box_state(params, transform.init)
         return (state, *rest.init(params)) if then else state
 
     def update_fn(
@@ -86,7 +161,7 @@ def transformation(
         if params is not None:
             check_params(like, gradients)
         rounds_to_params = transform.to_params_dtype and params is not None
-        new, own_arrays = _update(transform, gradients, boxes.unbox(own))
+        new, own_arrays = transform.update(gradients, boxes.unbox(own))
         if then:
             new, rest_state = rest.update(new, rest_state, params, **extra_args)
         # At the end: a large update may be infinite in float16 until the learning rate
@@ -103,7 +178,7 @@ def transformation(
 
 
 def _split(
-    transform: LeafTransform, state: State, others: int
+    transform: TreeTransform, state: State, others: int
 ) -> tuple[State, tuple[Any, ...]]:
     """Returns the transform's state and those of what is done then."""
     if not others:
@@ -119,18 +194,6 @@ def _split(
     return state[0], tuple(state[1:])
 
 
-def _init(transform: LeafTransform, params: Tree) -> State:
-    """Returns the state of parameters without boxes."""
-    fields = tuple(name for name in transform.state_type._fields if name != "count")
-    treedef: Any = jax.tree.structure(params)
-    axes = treedef.flatten_up_to(factored_axes(transform.factoring, params))
-    leaves = [
-        leaf.init(p, leaf_axes, transform.mu_dtype, fields)
-        for p, leaf_axes in zip(jax.tree.leaves(params), axes, strict=True)
-    ]
-    return _as_state(transform.state_type, treedef, jnp.zeros([], jnp.int32), leaves)
-
-
 def _as_state(
     state_type: Any, treedef: Any, count: jax.Array, leaves: list[leaf.Leaf]
 ) -> State:
@@ -141,43 +204,3 @@ def _as_state(
         if name != "count"
     }
     return state_type(count=count, **trees)
-
-
-def _update(
-    transform: LeafTransform, updates: Tree, state: State
-) -> tuple[Tree, State]:
-    """Returns updates in the precision of their statistics, and the new state."""
-    treedef: Any = jax.tree.structure(updates)
-    axes = treedef.flatten_up_to(factored_axes(transform.factoring, updates))
-    trees = {name: getattr(state, name) for name in state._fields if name != "count"}
-    for tree in trees.values():
-        check_same_leaves("updates", updates, "state", tree, momentum.is_codes)
-    columns = [treedef.flatten_up_to(tree) for tree in trees.values()]
-    count: jax.Array = jnp.asarray(optax.safe_increment(state.count))
-
-    @functools.cache
-    def numbers(dtype: Any) -> tuple[Hyperparameters, algorithm.Seen | None]:
-        h = leaf.cast_hyperparameters(transform.hyperparameters, dtype)
-        corrected = transform.bias_correction
-        seen = algorithm.seen_after(count.astype(dtype), h) if corrected else None
-        return h, seen
-
-    new_updates, leaves, token = [], [], jnp.zeros([], jnp.float32)
-    for (path, g), leaf_axes, *arrays in zip(
-        jax.tree.leaves_with_path(updates), axes, *columns, strict=True
-    ):
-        old = leaf.Leaf(**dict(zip(trees, arrays, strict=True)))
-        dtype = leaf.arithmetic_dtype(old)
-        leaf.check(path, g, old, leaf_axes, transform.mu_dtype, dtype)
-        u, new = g, old
-        if g.size > 0:
-            u, new = leaf.update(
-                g, old, *numbers(dtype), count, leaf_axes, dtype, token
-            )
-            token = leaf.next_token(new, token)
-        new_updates.append(u)
-        leaves.append(new)
-    return (
-        treedef.unflatten(new_updates),
-        _as_state(type(state), treedef, count, leaves),
-    )

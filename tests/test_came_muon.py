@@ -19,7 +19,8 @@ from came_optax import (
     Stacked,
     came_muon,
     orthogonalize,
-    scale_by_came,
+    quantized_ema,
+    scale_by_factored_moment,
     state_memory,
     steady_came,
 )
@@ -176,6 +177,8 @@ def test_hidden_leaves_may_be_named_by_a_module():
         ),
         ({"rest_learning_rate_scale": -1.0}, "rest_learning_rate_scale must be >= 0"),
         ({"b1": 1.0}, "b1 must be"),
+        ({"b2": 1.0}, "b2 must be"),
+        ({"consistent_rms": 0.0}, "consistent_rms must be"),
         ({"ns_coeffs": "fast"}, "ns_coeffs must be"),
         # What optax.inject_hyperparams makes of jnp.bfloat16, which can be called.
         (
@@ -224,11 +227,16 @@ def test_hidden_matrices_are_orthogonalised_and_the_rest_is_steady_came(
         return optax.linear_schedule(first, 2 * first, 2) if scheduled else first
 
     tx = came_muon(rate(1), rest_learning_rate_scale=0.5, **decay, **options)
+    to_rms = optax.stateless(
+        lambda updates, _: jax.tree.map(
+            lambda u: 0.2 * u / jnp.sqrt(jnp.mean(u**2)), updates
+        )
+    )
     hidden = optax.chain(
-        scale_by_came(
-            b1=0.95, b2=0.95, eps2=0.1, nesterov=True, bias_correction=True, **options
-        ),
+        quantized_ema(0.95, nesterov=True, debias=True, **options),
         orthogonalize(),
+        scale_by_factored_moment(0.95, factoring=options["factoring"]),
+        to_rms,
         optax.add_decayed_weights(0.1),
         optax.scale_by_learning_rate(rate(1)),
     )
@@ -240,6 +248,25 @@ def test_hidden_matrices_are_orthogonalised_and_the_rest_is_steady_came(
     for updates, *parts in zip(*(steps(tx, params) for tx in each), strict=True):
         expected = jax.tree.map(jnp.where, names, *parts)
         chex.assert_trees_all_close(updates, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("consistent_rms", "expected"), [(0.2, 0.2), (None, 1 / np.sqrt(8))]
+)
+def test_each_matrix_moves_by_one_size(consistent_rms, expected):
+    """Whatever its gradients are, and not at all if they are zero."""
+    params = normal_tree({"up": (3, 8, 4), "query": (8, 2, 4)})
+    grads = dict(params)
+    grads["up"] *= jnp.array([1.0, 1e-3, 0.0])[:, None, None]
+    rule = ByPath({"up": LastTwoAxes()}, default=BalancedSplit())
+    tx = came_muon(1.0, factoring=rule, consistent_rms=consistent_rms)
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = jax.jit(tx.update)(grads, state, params)
+        rms = jnp.sqrt(jnp.mean(updates["up"] ** 2, (1, 2)))
+        np.testing.assert_allclose(rms, [expected, expected, 0], rtol=1e-5)
+        rms = jnp.sqrt(jnp.mean(updates["query"] ** 2))
+        np.testing.assert_allclose(rms, expected, rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -256,12 +283,15 @@ def test_a_stack_is_updated_as_its_layers():
     chex.assert_trees_all_close(of_stack_updates, expected, rtol=1e-3, atol=1e-6)
 
 
-def test_updates_have_the_dtype_of_the_parameters():
-    params = normal_tree(SHAPES, dtype=jnp.bfloat16)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.complex64])
+def test_updates_have_the_dtype_of_the_parameters(dtype):
+    params = normal_tree(SHAPES, dtype=dtype)
     tx = came_muon(1e-2, weight_decay=0.1)
     state = jax.eval_shape(tx.init, params)
-    updates, _ = jax.eval_shape(tx.update, params, state, params)
+    with jax.numpy_dtype_promotion("standard"):  # For optax's decay of complex leaves.
+        updates, new = jax.eval_shape(tx.update, params, state, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
 
 
 OTHERS = {"ns_coeffs": "polar_express", "factoring": LastTwoAxes(), "hidden": "kernel"}

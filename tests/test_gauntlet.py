@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from came_optax import (
     Stacked,
     came,
+    came_muon,
     quantized_ema,
     scale_by_came,
     steady_came,
@@ -32,6 +33,7 @@ VARIANTS = {
     "published": scale_by_came(),
     "bounded": scale_by_came(bias_correction=True, update_clipping_threshold=1.0),
     "unclipped": scale_by_came(clipping_threshold=None),
+    "came_muon": came_muon(1.0, hidden="matrix", mu_dtype=None),
 }
 
 
@@ -205,6 +207,7 @@ CHECKED = {
     "int8": steady_came(1e-3, mu_dtype="int8"),
     "int4": came(1e-3, mu_dtype="int4"),
     "quantized_ema": quantized_ema(0.9, debias=True, nesterov=True),
+    "came_muon": came_muon(1e-3, hidden="kernel"),
 }
 
 

@@ -29,7 +29,9 @@ OF_CAME = (
     *("b1", "b2", "b3", "eps2", "nesterov", "bias_correction"),
     *("update_clipping_threshold", "mu_dtype", "factoring"),
 )
-OF_OTHERS = {
+# Which of these each rule has; steady-came and came have all.
+OPTIONS = {
+    "came-muon": ("b1", "b2", "nesterov", "mu_dtype", "factoring"),
     "adamw": ("b1", "b2"),
     "nadamw": ("b1", "b2"),
     "lion": ("b1", "b2"),
@@ -46,7 +48,7 @@ class OptimizerOptions:
 
     Attributes:
         optimizer: Update rule; steady-came is the recommended CAME, came the published
-            one, came-muon orthogonalises CAME's update of hidden matrices.
+            one, came-muon orthogonalises the momentum of hidden matrices.
         learning_rate: Peak learning rate; by default --base-learning-rate, a tenth of
             it for came, a third for lion, three times it for came-muon and muon.
         base_learning_rate: Peak that suits adamw and steady-came here.
@@ -56,14 +58,16 @@ class OptimizerOptions:
         b1: Decay rate of the momentum (this and the next are by default the
             optimizer's own); adafactor keeps none at 0.
         b2: Decay rate of the second moment; lion: of its average.
-        b3: CAME's, all three: decay rate of the instability.
+        b3: CAME's: decay rate of the instability.
         eps2: CAME's: added to the instability.
-        nesterov: CAME's: look one step ahead.
+        nesterov: CAME's and came-muon's: look one step ahead.
         bias_correction: CAME's: correct moments for their zero start.
         update_clipping_threshold: CAME's: largest RMS of a leaf's update; 0 for any.
-        mu_dtype: CAME's: stores the momentum in this: float32, bfloat16, int8 or int4.
-        factoring: CAME's: the rule that says which axes are factored, such as
-            came_optax.BalancedSplit; its own arguments as in --factoring.min_dim_size.
+        mu_dtype: CAME's and came-muon's: stores the momentum in this: float32,
+            bfloat16, int8 or int4.
+        factoring: CAME's and came-muon's: the rule that says which axes are factored,
+            such as came_optax.BalancedSplit; its own arguments as in
+            --factoring.min_dim_size.
     """
 
     optimizer: Optimizer = "steady-came"
@@ -115,7 +119,7 @@ def make_optimizer(
     """
     given = {name: value for name, value in vars(options).items() if value is not None}
     for name in set(OF_CAME) & set(given):
-        if name not in OF_OTHERS.get(options.optimizer, OF_CAME):
+        if name not in OPTIONS.get(options.optimizer, OF_CAME):
             option = f"--{name.replace('_', '-')}"
             raise UserError(
                 f"{option}: --optimizer {options.optimizer} has no such option"

@@ -186,6 +186,8 @@ def test_update_rules_have_their_own_defaults(options, expected):
         ("adafactor", {"b2": 0.9}),
         ("muon", {"b2": 0.9}),
         ("came-muon", {"update_clipping_threshold": 1.0}),
+        ("came-muon", {"b3": 0.5}),
+        ("came-muon", {"bias_correction": True}),
     ],
 )
 def test_an_option_that_a_rule_has_not_is_refused(optimizer, options):
