@@ -124,6 +124,16 @@ def came_muon(
     return _hidden_and_rest(update, others, schedule, weight_decay)
 
 
+def called(schedule: Schedule, *, rest: Any = 1.0, **settings: Any) -> Tx:
+    """`came_muon` as the library has it; `rest` is as above."""
+    return came_optax.came_muon(
+        schedule,
+        rest_learning_rate_scale=rest,
+        weight_decay_mask=decay_mask,
+        **settings,
+    )
+
+
 def _came_before(**settings: Any) -> Tx:
     update = came_optax.scale_by_came(**settings, nesterov=True, bias_correction=True)
     return optax.chain(update, newton_schulz(), optax.scale(RMS))
