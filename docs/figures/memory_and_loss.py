@@ -19,29 +19,29 @@ import tables  # noqa: E402
 
 # Where its label stands beside a point, in points.
 LABELS = {
-    "`steady_came`": ("steady_came", (8, -6), "left"),
-    "the same, int8 momentum": ("steady_came, int8", (-4, -20), "left"),
-    "the same, int4 momentum": ("steady_came, int4", (-8, 8), "right"),
-    "Muon and `steady_came`, int8": ("Muon and\nsteady_came, int8", (-8, 0), "right"),
-    "Muon": ("Muon", (8, 0), "left"),
-    "NAdamW": ("NAdamW", (8, -3), "left"),
+    "`came_muon`, int8 momentum": ("came_muon, int8", (8, -10), "left"),
+    "`came_muon`, int4 momentum": ("came_muon, int4", (-8, 4), "right"),
+    "Muon": ("Muon", (8, -4), "left"),
+    "NorMuon": ("NorMuon", (8, 8), "left"),
+    "`steady_came`": ("steady_came", (4, -16), "left"),
+    "`steady_came`, int8 momentum": ("steady_came, int8", (-4, -12), "right"),
+    "NAdamW": ("NAdamW", (8, 2), "left"),
     "AdamW": ("AdamW", (8, 3), "left"),
     "AdamW in 8 bits": ("AdamW in 8 bits", (-8, 2), "right"),
-    "Adafactor, momentum 0.9": ("Adafactor,\nmomentum", (-8, 6), "right"),
     "Adafactor, no momentum": ("Adafactor", (8, 4), "left"),
-    "`came`, as published": ("came, as published", (-8, -4), "right"),
+    "`came`, as published": ("came, as published", (-6, 12), "center"),
 }
 
 
 def main():
-    runs, taken = tables.read("gpt2")
+    judged = tables.judged(tables.JUDGED["GPT-2"])
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
     for name, (label, offset, side) in LABELS.items():
-        method, _, by_seed = tables.best(runs, tables.OPTIMIZERS[name])
-        losses = list(tables.losses(by_seed).values())
-        ours = "steady_came" in label
+        runs = list(judged[tables.IN_README[name]].values())
+        losses = [run["loss"] for run in runs]
+        ours = label.startswith(("came_muon", "steady_came"))
         color = COLORS["steady_came"] if ours else "0.35"
-        point = taken[method], statistics.mean(losses)
+        point = runs[0]["state_bytes_per_parameter"], statistics.mean(losses)
         axes.errorbar(*point, statistics.stdev(losses), fmt="o", color=color)
         axes.annotate(
             label,
@@ -57,7 +57,7 @@ def main():
     axes.set_xticks([0.125, 0.25, 0.5, 1, 2, 4, 8])
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlim(0.085, 20)
-    axes.set_ylim(bottom=3.56)
+    axes.set_ylim(bottom=3.05)
     axes.set_xlabel("state, bytes a parameter")
     axes.set_ylabel("validation loss of a small GPT-2")
     axes.spines[["top", "right"]].set_visible(False)

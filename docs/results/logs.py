@@ -15,6 +15,7 @@ RESULTS = pathlib.Path(__file__).parent
 LOGS = RESULTS / "small-models"
 README = RESULTS.parents[1] / "README.md"
 sys.path.append(str(RESULTS.parents[1] / "examples"))
+from comparing import protocol, report  # noqa: E402
 from table import format_table  # noqa: E402
 
 
@@ -30,6 +31,12 @@ def read(name):
             by_seed = runs[row["method"]][row["learning_rate"]]
             by_seed[row["seed"]] = row | {"loss": row["validation"][-1][1]}
     return runs, taken
+
+
+def judged(task):
+    """Returns {optimizer: {seed: run}} of a task of the study."""
+    study = protocol.read(RESULTS / "study" / "protocol.md")
+    return report.Results(study, RESULTS / "study").judged(task)
 
 
 def losses(by_seed):

@@ -2,9 +2,9 @@
 
     python docs/results/tables.py
 
-Each method is shown at the learning rate with the lowest mean loss. Paired differences
-are over the seeds that both have, ± their standard error; the number in brackets is
-that of seeds.
+README's is of the study. In those of small-models each method is shown at the learning
+rate with the lowest mean loss. Paired differences are over the seeds that both have, ±
+their standard error; the number in brackets is that of seeds.
 """
 
 import collections
@@ -12,8 +12,24 @@ import json
 import re
 import statistics
 
-from logs import LOGS, README, best, difference, losses, mean, read, table
+from logs import LOGS, README, best, difference, judged, losses, mean, read, table
 
+# Those that README shows of the study.
+JUDGED = {"GPT-2": "gpt2-small", "BERT": "bert-small"}
+IN_README = {
+    "`came_muon`, int8 momentum": "came-muon-int8",
+    "`came_muon`, int4 momentum": "came-muon-int4",
+    "`came_muon`, float32 momentum": "came-muon",
+    "Muon": "muon",
+    "NorMuon": "normuon",
+    "`steady_came`": "steady-came",
+    "`steady_came`, int8 momentum": "steady-came-int8",
+    "NAdamW": "nadamw",
+    "AdamW": "adamw",
+    "AdamW in 8 bits": "flash-adamw",
+    "Adafactor, no momentum": "adafactor",
+    "`came`, as published": "came",
+}
 TASKS = {"GPT-2": "gpt2", "BERT": "bert", "T5": "t5"}
 # Of several methods under one name, the one with the lowest mean loss is shown.
 OPTIMIZERS = {
@@ -30,7 +46,6 @@ OPTIMIZERS = {
     "`came`, as published": ["came"],
     "Lion": ["lion"],
 }
-IN_README = [name for name in OPTIMIZERS if name != "Lion"]
 LARGER = {
     "GPT-2, 0.14 M": "gpt2",
     "GPT-2, 0.29 M": "gpt2-larger",
@@ -75,17 +90,39 @@ def tasks(names=TASKS):
     return {task: read(TASKS[task])[0] for task in names}
 
 
-def losses_table(names):
+def study_table():
+    """Returns README's: losses, and differences to AdamW's at the same seeds."""
+    tasks = {title: judged(task) for title, task in JUDGED.items()}
+    rows = []
+    for name, optimizer in IN_README.items():
+        taken, cells = [], []
+        for runs in tasks.values():
+            if not (by_seed := runs.get(optimizer)):  # Judged on GPT-2 alone.
+                cells += ["", ""]
+                continue
+            taken += [run["state_bytes_per_parameter"] for run in by_seed.values()]
+            gap = "" if name == "AdamW" else difference(by_seed, runs["adamw"])
+            cells += [f"{statistics.mean(losses(by_seed).values()):.3f}", gap]
+        rows.append([name, span(taken), *cells])
+    head = [text for title in tasks for text in (title, "− AdamW's")]
+    return table(["optimizer", "bytes / parameter", *head], rows)
+
+
+def span(numbers):
+    low, high = (f"{x:.1f}" for x in (min(numbers), max(numbers)))
+    return low if low == high else f"{low} to {high}"
+
+
+def losses_table():
     logs = {task: read(name) for task, name in TASKS.items()}
     rows = []
-    for name in names:
-        methods, taken, cells = OPTIMIZERS[name], [], []
+    for name, methods in OPTIMIZERS.items():
+        taken, cells = [], []
         for runs, of_method in logs.values():
             method, _, by_seed = best(runs, methods)
             taken.append(of_method[method])
             cells.append(f"{mean(losses(by_seed).values())} ({len(by_seed)})")
-        low, high = (f"{x:.1f}" for x in (min(taken), max(taken)))
-        rows.append([name, low if low == high else f"{low} to {high}", *cells])
+        rows.append([name, span(taken), *cells])
     return table(["optimizer", "bytes / parameter", *TASKS], rows)
 
 
@@ -215,7 +252,7 @@ def largest_updates():
 def tables():
     """Returns the text of each file."""
     return {
-        "losses": losses_table(OPTIMIZERS),
+        "losses": losses_table(),
         "differences": differences_table(),
         "rates": rates_table(),
         "sizes": sizes_table(),
@@ -230,7 +267,7 @@ def tables():
 def readme(text):
     """Returns README's text with its table of losses."""
     start, end = "<!-- losses -->\n", "<!-- end of losses -->"
-    new = f"{start}{losses_table(IN_README)}{end}"
+    new = f"{start}{study_table()}{end}"
     return re.sub(f"{start}.*?{end}", lambda _: new, text, flags=re.S)
 
 
