@@ -5,6 +5,7 @@ gradient again, from the gradient, which is in memory anyway; u − m is stored 
 place of m, and the new m in the place of that.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -57,6 +58,8 @@ def confide(
 ) -> tuple[Array, Stored, Factored | None]:
     """See :class:`Schedule`."""
     if s is None:
+        if not storage.in_place(mu):  # As below.
+            h = dataclasses.replace(h, b1=when_known(h.b1, token))
         return plain.confide(u, mu, s, h, axes, seen, storage, token)
 
     old_m = storage.load(mu)

@@ -261,7 +261,7 @@ def read(path: Path) -> Protocol:
             part["optimizers"] = sets[names] if isinstance(names, str) else names
         for name, optimizer in values["optimizer"].items():
             for setting, value in optimizer.get("start", {}).items():
-                if value not in values["grid"][setting]:
+                if value not in values["grid"].get(setting, ()):
                     raise ValueError(f"{name}: {setting} {value} isn't on the grid")
         return Protocol(
             parts={part["name"]: Part(**part) for part in values.pop("part")},
