@@ -18,6 +18,7 @@ from jax import Array
 
 from came_optax import _algorithm as algorithm
 from came_optax._algorithm import Factored, Hyperparameters, Seen, Statistic
+from came_optax._codes import Codes
 from came_optax._factored_axes import FactoredAxes
 from came_optax._momentum import Lazy, Storage, Stored
 from came_optax._schedules import plain
@@ -58,7 +59,7 @@ def confide(
 ) -> tuple[Array, Stored, Factored | None]:
     """See :class:`Schedule`."""
     if s is None:
-        if not storage.in_place(mu):  # As below.
+        if isinstance(mu, Codes):  # As below, a leaf waits for the one before.
             h = dataclasses.replace(h, b1=when_known(h.b1, token))
         return plain.confide(u, mu, s, h, axes, seen, storage, token)
 

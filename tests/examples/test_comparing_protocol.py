@@ -141,10 +141,14 @@ def test_form_is_the_simplest_within_an_error_of_the_best(behind, form):
 STUDY = protocol.read(PAGE)
 
 
-def test_protocol_with_an_unknown_setting(tmp_path):
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [("b1 = 0.96", "b1 0.96 isn't on the grid"), ("b4 = 1", "b4 1 isn't on the grid")],
+)
+def test_protocol_with_an_unknown_setting(written, said, tmp_path):
     page = tmp_path / "protocol.md"
-    page.write_text(PAGE.read_text().replace("b1 = 0.95, rest", "b1 = 0.96, rest", 1))
-    with pytest.raises(UserError, match=re.escape("muon: b1 0.96 isn't on the grid")):
+    page.write_text(PAGE.read_text().replace("b1 = 0.95, rest", f"{written}, rest", 1))
+    with pytest.raises(UserError, match=re.escape(f"muon: {said}")):
         protocol.read(page)
 
 
