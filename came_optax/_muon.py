@@ -43,10 +43,10 @@ def came_muon(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Muon's kind of update on a byte of state a parameter, and CAME for the rest.
 
-    Hidden matrices have Muon's update, whose rows and columns are then brought to one
-    size by a factored second moment, as CAME and Adafactor have it; embeddings, heads,
-    positions and vectors are updated by :func:`steady_came`. At step :math:`t` a hidden
-    matrix of gradient :math:`g` moves by
+    Hidden matrices have Muon's update, whose rows and columns are then brought to about
+    one size by a factored second moment, as CAME and Adafactor have it; embeddings,
+    heads, positions and vectors are updated by :func:`steady_came`. At step :math:`t` a
+    hidden matrix of gradient :math:`g` moves by
 
     .. math::
 
@@ -64,9 +64,10 @@ def came_muon(
     A matrix whose momentum is 0 does not move. One of low rank moves its few directions
     further than under Muon, as all updates have one size.
 
-    In 8 bits, both take about 1 byte of state a parameter; ``optax.contrib.muon`` takes
-    4 for hidden matrices and 8 for the rest. The five steps cost up to 20 m² n + 10 m³
-    operations for a matrix of m rows and n ≥ m columns. Warm up as with AdamW.
+    With ``mu_dtype="int8"`` hidden matrices and the rest take about 1 byte of state a
+    parameter; ``optax.contrib.muon`` takes 4 for hidden matrices and 8 for the rest.
+    The five steps cost up to 20 m² n + 10 m³ operations for a matrix of m rows and n ≥
+    m columns. Warm up as with AdamW.
 
     Which leaves are hidden matrices is told by names and by the factoring rule, if
     ``hidden`` doesn't say. Before a long run, look at what was chosen, as the example
@@ -85,7 +86,7 @@ def came_muon(
     Args:
       learning_rate: step size, a number or a schedule; that of AdamW to a few times it.
       b1: decay rate of the hidden matrices' momentum; 0 ≤ b1 < 1.
-      b2: decay rate of the second moment of what was orthogonalised; 0 ≤ b2 < 1.
+      b2: decay rate of the second moment of the orthogonalised momentum; 0 ≤ b2 < 1.
       weight_decay: decoupled weight decay of all leaves, multiplied by their learning
         rate; if not 0, ``update`` needs ``params``.
       weight_decay_mask: as in :func:`came`. A function is called with one group's

@@ -31,8 +31,8 @@ class CameMuonState(NamedTuple):
         from another algorithm it goes on from 10⁷: nothing is to be corrected.
       mu: first moment of the gradients: an array of the leaf's shape in the dtype that
         ``mu_dtype`` says, or with ``"int8"`` and ``"int4"`` :class:`Codes`.
-      v_row: mean over ``col`` axes of the squares of what was orthogonalised; the
-        leaf's shape without them.
+      v_row: mean over ``col`` axes of the squares of the orthogonalised momentum, times
+        max(rows, columns); the leaf's shape without them.
       v_col: mean over ``row`` axes of the same; the leaf's shape without them.
     """
 
@@ -57,7 +57,7 @@ class MatrixTransform:
     Attributes:
       momentum: of the gradients.
       orthogonalize: what comes next.
-      moment: factored, of what was orthogonalised, by whose root that is divided.
+      moment: factored, of the orthogonalised momentum, which is divided by its root.
       consistent_rms: see :func:`came_muon`.
     """
 
