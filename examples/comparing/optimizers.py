@@ -90,12 +90,20 @@ def muon(schedule: Schedule, *, b1: Any, b2: Any, weight_decay: Any, rest: Any) 
 
 
 def normuon(
-    schedule: Schedule, *, b1: Any, b2: Any, weight_decay: Any, rest: Any
+    schedule: Schedule,
+    *,
+    b1: Any,
+    b2: Any,
+    weight_decay: Any,
+    rest: Any,
+    nesterov: bool = False,
 ) -> Tx:
-    """Li et al., 2025: a second moment of each neuron after Newton–Schulz."""
-    update = optax.chain(
-        optax.ema(b1, debias=False), newton_schulz(), scale_by_neurons(b2), to_rms()
-    )
+    """Li et al., 2025: a second moment of each neuron after Newton–Schulz.
+
+    Nesterov momentum is not in the paper, but in its authors' code.
+    """
+    momentum = came_optax.quantized_ema(b1, nesterov=nesterov, mu_dtype=None)
+    update = optax.chain(momentum, newton_schulz(), scale_by_neurons(b2), to_rms())
     adam = optax.adamw(_times(rest, schedule), b2=b2, weight_decay=0.0, nesterov=True)
     return _hidden_and_rest(update, adam, schedule, weight_decay)
 
