@@ -146,12 +146,15 @@ class DataLaw:
 
 
 def data_law(results: Results) -> DataLaw | None:
-    """Returns AdamW's at the smallest size, None where few budgets are judged."""
-    parts = results.study.parts.values()
-    budgets = sorted({part.tokens_per_parameter for part in parts})
-    known = [results.judged(SIZES[0], budget).get(ADAMW, {}) for budget in budgets]
-    known = [runs for runs in known if runs]
-    if len(known) < 4:
+    """Returns AdamW's at the smallest size, None until all its budgets are judged."""
+    seeds = {
+        part.tokens_per_parameter: part.seeds
+        for part in results.study.parts.values()
+        if (part.kind, part.task) == ("judge", SIZES[0]) and ADAMW in part.optimizers
+    }
+    known = [results.judged(SIZES[0], budget).get(ADAMW, {}) for budget in seeds]
+    done = [len(runs) == len(s) for runs, s in zip(known, seeds.values(), strict=True)]
+    if len(known) < 4 or not all(done):
         return None
     tokens = [next(iter(runs.values()))["tokens"] for runs in known]
     return DataLaw(tokens, *np.transpose([_of(runs) for runs in known]))

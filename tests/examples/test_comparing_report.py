@@ -212,6 +212,19 @@ def test_data_law_finds_what_made_the_losses():
     assert exact.tokens_for(1.0, 0.0) == (math.inf, math.inf)
 
 
+def test_data_law_waits_for_all_budgets(tmp_path):
+    budgets = {"": 20, ", 5": 5, ", 10": 10, ", 40": 40, ", 80": 80}
+    for name, budget in budgets.items():
+        part = STUDY.parts[f"judge gpt2-small{name}"]
+        for seed in part.seeds:
+            assert report.data_law(report.Results(STUDY, tmp_path)) is None, name
+            run = Run(part.name, "adamw", {}, seed)
+            row = finished(run, 2 + budget**-0.4, tokens=budget)
+            log.append(tmp_path / "runs.jsonl", row)
+    law = report.data_law(report.Results(STUDY, tmp_path))
+    assert law.tokens_for(2 + 30**-0.4, 0.0)[0] == pytest.approx(30, rel=0.01)
+
+
 def test_plateau():
     row = finished(Run("p", "a", {}, 0), 1.0)
     assert report.plateau(row) == 30
