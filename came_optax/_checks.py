@@ -168,7 +168,10 @@ def check_state(state: Any, cls: type, made_by: str) -> None:
     if not isinstance(state, cls):
         hint = "convert_state takes over Adam's, and other options'"
         if type(state) in (tuple, list, dict):
-            hint = "restore checkpoints into what init makes"
+            hint = (
+                "restore checkpoints into what init makes, and take over another "
+                "optimizer's by convert_state"
+            )
         raise TypeError(
             f"the state of {made_by} must be a {cls.__name__} as made by init, got a "
             f"{type(state).__name__}; {hint}"

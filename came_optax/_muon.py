@@ -203,6 +203,11 @@ def came_muon(
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         check_state(state, optax.transforms.PartitionState, "came_muon")
+        if state.inner_states.keys() != {"hidden", "rest"}:
+            raise TypeError(
+                "the state of came_muon must have the groups 'hidden' and 'rest', got "
+                f"{sorted(state.inner_states)}; convert_state takes over Muon's"
+            )
         return tx.update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

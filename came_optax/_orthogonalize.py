@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -125,12 +126,7 @@ def orthogonalize(
     check_rule(factoring)
     coeffs = _checked_coeffs(ns_coeffs)
     check_threshold("consistent_rms", consistent_rms)
-    is_array = isinstance(dtype, jax.Array)
-    if dtype is not None and (is_array or not jnp.issubdtype(dtype, jnp.floating)):
-        raise ValueError(
-            f"dtype must be a real floating dtype or None, got {dtype!r}"
-            f"{BY_NAME if is_array else ''}"
-        )
+    _check_dtype(dtype)
 
     sharding = dict(
         jax.tree.leaves_with_path(unbox(params_sharding), is_leaf=is_sharding)
@@ -219,6 +215,18 @@ def orthogonalize(
         return consistent_rms * math.sqrt(max(rows, cols))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_dtype(dtype: Any) -> None:
+    is_array, is_floating = isinstance(dtype, jax.Array), False
+    if not is_array:
+        with contextlib.suppress(TypeError):  # No dtype at all.
+            is_floating = dtype is None or jnp.issubdtype(dtype, jnp.floating)
+    if not is_floating:
+        raise ValueError(
+            "dtype must be a real floating dtype or None (came_muon calls it "
+            f"ns_dtype), got {dtype!r}{BY_NAME if is_array else ''}"
+        )
 
 
 def _on_auto_axes(x: Any) -> bool:

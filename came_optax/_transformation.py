@@ -143,6 +143,10 @@ def transformation(
     check_rule(transform.factoring)
     rest: Any = optax.chain(*then) if then else None
 
+    @functools.cache
+    def kinds_of_rest() -> tuple[type, ...]:
+        return tuple(map(type, jax.eval_shape(rest.init, {})))
+
     def init_fn(params: optax.Params) -> State:
         check_inexact("params", boxes.unbox(params))
         warn_of_unmatched(transform.factoring, boxes.unbox(params))
@@ -163,6 +167,8 @@ def transformation(
         rounds_to_params = transform.to_params_dtype and params is not None
         new, own_arrays = transform.update(gradients, boxes.unbox(own))
         if then:
+            for part, kind in zip(rest_state, kinds_of_rest(), strict=True):
+                check_state(part, kind, f"{transform.made_by}'s decay or learning rate")
             new, rest_state = rest.update(new, rest_state, params, **extra_args)
         # At the end: a large update may be infinite in float16 until the learning rate
         # makes it small.
@@ -188,7 +194,7 @@ def _split(
     if len(state) != 1 + others:
         raise ValueError(
             f"the state of {transform.made_by} must have {1 + others} parts as made by "
-            f"init, got {len(state)}"
+            f"init, got {len(state)}; convert_state takes over another optimizer's"
         )
     check_state(state[0], transform.state_type, transform.made_by)
     return state[0], tuple(state[1:])

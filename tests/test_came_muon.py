@@ -185,6 +185,7 @@ def test_hidden_leaves_may_be_named_by_a_module():
             {"ns_dtype": jnp.bfloat16(0)},
             "^dtype must be a real floating dtype or None.*name",
         ),
+        ({"ns_dtype": "bf16"}, "^dtype must be a real .*ns_dtype.*got 'bf16'"),
         ({"mu_dtype": jnp.bfloat16(0)}, "mu_dtype must be one of .* give its name"),
     ],
 )

@@ -100,6 +100,25 @@ def test_came_muon_names_a_state_that_is_not_its_own(make):
         came_muon(1e-3).update(params, make().init(params), params)
 
 
+def test_came_muon_names_the_groups_of_muons_state():
+    params = {"kernel": jnp.ones((8, 16))}
+    state = optax.contrib.muon(1e-3).init(params)
+    with pytest.raises(TypeError, match=r"groups 'hidden' and 'rest', got .*convert"):
+        came_muon(1e-3).update(params, state, params)
+
+
+@pytest.mark.parametrize("make", [steady_came, came_muon])
+def test_a_schedules_state_is_not_a_numbers(make):
+    params = {"kernel": jnp.ones((8, 16)), "bias": jnp.ones(3)}
+    number, schedule = make(1e-3), make(optax.constant_schedule(1e-3))
+    for tx, other, got in (
+        (schedule, number, "EmptyState"),
+        (number, schedule, "ScaleByScheduleState"),
+    ):
+        with pytest.raises(TypeError, match=f"learning rate must be .* got a {got}"):
+            tx.update(params, other.init(params), params)
+
+
 @pytest.mark.parametrize("make", [came, steady_came, scale_by_came])
 def test_signatures_are_those_of_the_arguments(make):
     parameters = inspect.signature(make).parameters.values()
