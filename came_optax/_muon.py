@@ -84,9 +84,10 @@ def came_muon(
       experts in one leaf that it reads as one matrix, are an error.
 
     Args:
-      learning_rate: step size, a number or a schedule; that of AdamW to a few times it.
+      learning_rate: step size, a number or a schedule; begin with twice AdamW's.
       b1: decay rate of the hidden matrices' momentum; 0 ≤ b1 < 1.
       b2: decay rate of the second moment of the orthogonalised momentum; 0 ≤ b2 < 1.
+        The rest has :func:`steady_came`'s own b1 and b2.
       weight_decay: decoupled weight decay of all leaves, multiplied by their learning
         rate; if not 0, ``update`` needs ``params``.
       weight_decay_mask: as in :func:`came`. A function is called with one group's

@@ -184,7 +184,7 @@ def test_which_optimizer_says_what_states_take():
 
     for text, expected in {
         'steady_came(lr, mu_dtype="int8")': 1,
-        "came_muon(3 * lr)": 1,
+        "came_muon(2 * lr)": 1,
         "optax.contrib.muon(lr)": 4,
         "optax.lion(lr)": 4,
         "optax.adafactor(lr, multiply_by_parameter_scale=False)": 0,

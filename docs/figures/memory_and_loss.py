@@ -22,7 +22,7 @@ LABELS = {
     "`came_muon`, int8 momentum": ("came_muon, int8", (8, -10), "left"),
     "`came_muon`, int4 momentum": ("came_muon, int4", (-8, 4), "right"),
     "Muon": ("Muon", (8, -4), "left"),
-    "NorMuon": ("NorMuon", (8, 8), "left"),
+    "NorMuon, as in its paper": ("NorMuon", (8, 8), "left"),
     "`steady_came`": ("steady_came", (4, -16), "left"),
     "`steady_came`, int8 momentum": ("steady_came, int8", (-4, -12), "right"),
     "NAdamW": ("NAdamW", (8, 2), "left"),

@@ -21,7 +21,7 @@ IN_README = {
     "`came_muon`, int4 momentum": "came-muon-int4",
     "`came_muon`, float32 momentum": "came-muon",
     "Muon": "muon",
-    "NorMuon": "normuon",
+    "NorMuon, as in its paper": "normuon",
     "`steady_came`": "steady-came",
     "`steady_came`, int8 momentum": "steady-came-int8",
     "NAdamW": "nadamw",
