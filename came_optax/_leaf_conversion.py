@@ -17,7 +17,6 @@ from came_optax._confidence import ScaleByConfidenceState
 from came_optax._factored_axes import FactoredAxes
 from came_optax._factored_moment import ScaleByFactoredMomentState
 from came_optax._kept_axes import lost_axes
-from came_optax._momentum import Stored
 from came_optax._muon_update import CameMuonState
 from came_optax._paths import KeyPath, Shape, owner
 from came_optax._quantized_ema import QuantizedEmaState
@@ -91,7 +90,7 @@ def write(moments: Moments, to: Target) -> Leaf:
     return leaf
 
 
-def _stored(m: jax.Array, to: Target) -> Stored:
+def _stored(m: jax.Array, to: Target) -> momentum.Stored:
     """Returns momentum as the new optimizer stores it."""
     axes = _axes_of_codes(to.p, to.kept["mu"])
     stored, _ = momentum.Storage(m, axes, to.count).store(lambda: m, to.leaf["mu"])
