@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from came_optax._boxes import unbox
-from came_optax._paths import KeyPath, path_name
+from came_optax._paths import KeyPath, path_name, some_names
 
 
 def check_scalar(
@@ -97,7 +97,11 @@ def checked_mask(name: str, mask: Any, params: Any) -> Any:
     mask, arrays = unbox(mask), unbox(params)
     for path, leaf in jax.tree.leaves_with_path(mask):
         if not isinstance(leaf, bool | np.bool_):
-            raise TypeError(f"{name} has {leaf!r} at {path_name(path)!r}, not a bool")
+            at = f" at {path_name(path)!r}" if path else ""
+            raise TypeError(
+                f"{name} must be a tree of bools or a function that returns one, got "
+                f"{leaf!r}{at}"
+            )
     try:
         return jax.tree.broadcast(mask, arrays)
     except ValueError as error:
@@ -141,11 +145,36 @@ def check_same_leaves(
     elif other_paths - paths:
         leaf, there, absent = min(other_paths - paths), other_what, what
     else:
-        raise ValueError(
-            f"the {what} are structured as {structures[0]}, the {other_what} as "
-            f"{structures[1]}"
-        )
+        raise ValueError(f"{what} and {other_what} {difference(tree, other, is_leaf)}")
     raise ValueError(f"leaf {leaf!r} is in the {there} but not in the {absent}")
+
+
+def difference(
+    tree: Any,
+    other: Any,
+    is_leaf: Callable[[Any], bool] | None = None,
+    place: KeyPath = (),
+) -> str:
+    """Says where two trees first have different nodes, or nothing if nowhere."""
+
+    def one_level(tree: Any) -> tuple[list[tuple[KeyPath, Any]], Any]:
+        return jax.tree.flatten_with_path(
+            tree, lambda x: x is not tree or (is_leaf is not None and is_leaf(x))
+        )
+
+    def node(tree: Any) -> str:
+        paths = [path for path, _ in one_level(tree)[0]]
+        kind = type(tree).__name__
+        return "a leaf" if paths == [()] else f"{kind}({some_names(paths)})"
+
+    (children, kind), (others, other_kind) = one_level(tree), one_level(other)
+    if kind != other_kind:
+        at = f" at {path_name(place)!r}" if place else ""
+        return f"differ{at}: {node(tree)} and {node(other)}"
+    for (key, child), (_, its_other) in zip(children, others, strict=True):
+        if key and (found := difference(child, its_other, is_leaf, place + key)):
+            return found
+    return ""
 
 
 def check_params(params: Any, updates: Any) -> None:

@@ -14,6 +14,7 @@ from came_optax import _boxes as boxes
 from came_optax._alignment import Part, align, parts
 from came_optax._arrays import RESIZED, has_axes_of
 from came_optax._carrying import COUNTING, carry, given_hyperparameters
+from came_optax._checks import difference
 from came_optax._kept_axes import kept_axes
 from came_optax._leaf_conversion import KINDS, convert
 from came_optax._paths import KeyPath, owner, path_name
@@ -186,7 +187,7 @@ def _convert(
     boxed = new.init(params)
     state = jax.tree.map(_as_array, boxes.unbox(boxes.open_empty(state)))
     fresh = boxes.unbox(boxed)
-    _check_state_of_old(state, shapes, by_path)
+    _check_state_of_old(state, shapes, fresh, by_path)
     old_parts = parts(state, old_kept, by_path)
     new_parts = parts(fresh, new_kept, by_path)
     in_state = dict(jax.tree.leaves_with_path(state))
@@ -271,14 +272,13 @@ def _names(
     return tuple(names)
 
 
-def _check_state_of_old(state: Any, shapes: Any, params: Mapping[KeyPath, Any]) -> None:
+def _check_state_of_old(
+    state: Any, shapes: Any, new: Any, params: Mapping[KeyPath, Any]
+) -> None:
     """Raises unless a state is as ``old.init`` makes it."""
-    structures: list[Any] = [jax.tree.structure(tree) for tree in (state, shapes)]
-    if structures[0] != structures[1]:
-        raise ValueError(
-            f"state is not one of old: it is structured as {structures[0]}, and that "
-            f"of old as {structures[1]}"
-        )
+    if found := difference(state, shapes):
+        hint = "" if difference(state, new) else "; it is one of new: are they swapped?"
+        raise ValueError(f"state is not one of old: they {found}{hint}")
 
     def check(path: KeyPath, x: Any, like: Any) -> None:
         if x.shape == like.shape:

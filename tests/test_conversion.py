@@ -279,6 +279,22 @@ def test_refused_states_name_what_to_do(old):
             tx.update(params, old.init(params), params)
 
 
+@pytest.mark.parametrize(
+    ("made_by", "message"),
+    [
+        (came(1e-3), r"at '0': ScaleByCameState\(.*4 more\) and .*; it is one of new"),
+        (optax.adam(1e-3), r"they differ: tuple\('0', '1'\) and tuple\('0', .* '2'\)$"),
+    ],
+    ids=["swapped", "another"],
+)
+def test_a_state_of_another_optimizer_than_old(made_by, message):
+    params = make_params()
+    with pytest.raises(ValueError, match=f"state is not one of old.*{message}"):
+        convert_state(
+            made_by.init(params), params, old=optax.adamw(1e-3), new=came(1e-3)
+        )
+
+
 def test_a_resized_parameter_is_named_as_such():
     """Whether on an update or on converting, which can't help."""
     small, large = {"embed": jnp.ones((96, 8))}, {"embed": jnp.ones((128, 8))}

@@ -192,8 +192,10 @@ def test_a_changed_model_with_an_old_state(model, message):
 
 def test_trees_that_differ_in_nodes_alone():
     tx, ones = scale_by_came(), jnp.ones(2)
-    with pytest.raises(ValueError, match=r"updates are structured as .*\(\*, \*\)"):
-        tx.update((ones, ones), tx.init([ones, ones]))
+    state = tx.init({"a": ones, "b": [ones, ones]})
+    message = r"updates and state differ at 'b': tuple\('0', '1'\) and list\('0', '1'\)"
+    with pytest.raises(ValueError, match=message):
+        tx.update({"a": ones, "b": (ones, ones)}, state)
 
 
 def cast(state, dtype):

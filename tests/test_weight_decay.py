@@ -65,8 +65,8 @@ def test_weight_decay_needs_params():
     "mask, error, message",
     [
         ({"kernel": True}, ValueError, "does not fit the parameters: (.|\n)*bias"),
-        ({"kernel": 1.0, "bias": False}, TypeError, "1.0 at 'kernel', not a bool"),
-        (lambda params: "yes", TypeError, "'yes' at '', not a bool"),
+        ({"kernel": 1.0, "bias": False}, TypeError, "got 1.0 at 'kernel'$"),
+        (lambda params: "yes", TypeError, "a tree of bools or .* got 'yes'$"),
     ],
 )
 def test_weight_decay_masks(mask, error, message):
