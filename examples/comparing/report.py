@@ -132,6 +132,11 @@ class DataLaw:
             best = np.where(left[:, None] < best[:, :1], fits, best)
         self.fits = best[:, 1:]  # E, A and α; of the means, then of those redrawn.
 
+    def losses(self) -> np.ndarray:
+        """Returns the law's own losses at its tokens."""
+        e, a, alpha = self.fits[0]
+        return e + a * (self.tokens / self.tokens[0]) ** -alpha
+
     def tokens_for(self, mean: float, error: float) -> tuple[float, float]:
         """Returns how many tokens a loss takes, and the error of that."""
         noise = np.random.default_rng(1).normal(size=REDRAWN) * np.nan_to_num(error)
@@ -145,19 +150,39 @@ class DataLaw:
         return values[0], float(np.std(values[1:])) if finite else math.inf
 
 
-def data_law(results: Results) -> DataLaw | None:
-    """Returns AdamW's at the smallest size, None until all its budgets are judged."""
+def adamws_budgets(results: Results) -> dict[float, Runs]:
+    """Returns its runs at the smallest size, by tokens a parameter, if all are done."""
     seeds = {
         part.tokens_per_parameter: part.seeds
         for part in results.study.parts.values()
         if (part.kind, part.task) == ("judge", SIZES[0]) and ADAMW in part.optimizers
     }
-    known = [results.judged(SIZES[0], budget).get(ADAMW, {}) for budget in seeds]
-    done = [len(runs) == len(s) for runs, s in zip(known, seeds.values(), strict=True)]
-    if len(known) < 4 or not all(done):
+    known = {b: results.judged(SIZES[0], b).get(ADAMW, {}) for b in sorted(seeds)}
+    done = len(known) > 3 and all(len(known[b]) == len(seeds[b]) for b in known)
+    return known if done else {}
+
+
+def data_law(budgets: Mapping[float, Runs]) -> DataLaw | None:
+    """Returns AdamW's, if its budgets are judged."""
+    if not budgets:
         return None
-    tokens = [next(iter(runs.values()))["tokens"] for runs in known]
-    return DataLaw(tokens, *np.transpose([_of(runs) for runs in known]))
+    tokens = [next(iter(runs.values()))["tokens"] for runs in budgets.values()]
+    return DataLaw(tokens, *np.transpose([_of(runs) for runs in budgets.values()]))
+
+
+def budget_rows(budgets: Mapping[float, Runs]) -> list[dict[str, str]]:
+    """Returns AdamW's losses, and those of the law through them."""
+    if (law := data_law(budgets)) is None:
+        return []
+    return [
+        {
+            "tokens / parameter": f"{budget:g}",
+            "seeds": str(len(runs)),
+            "loss": "{:.4f} ± {:.4f}".format(*_of(runs)),
+            "the law's": f"{of_law:.4f}",
+        }
+        for (budget, runs), of_law in zip(budgets.items(), law.losses(), strict=True)
+    ]
 
 
 def plateau(row: Row) -> float:
@@ -171,7 +196,7 @@ def task_rows(
     results: Results, task: str, judged: Mapping[str, Runs]
 ) -> list[dict[str, str]]:
     """Returns the optimizers of a task, the best first."""
-    law = data_law(results) if task == SIZES[0] else None
+    law = data_law(adamws_budgets(results)) if task == SIZES[0] else None
     rows = []
     for name in sorted(judged, key=lambda name: losses(judged[name].values()).mean()):
         runs, row = judged[name], next(iter(judged[name].values()))
@@ -240,6 +265,7 @@ def write(study: Protocol, folder: Path) -> str:
     results = Results(study, folder)
     compared = results.comparisons()
     tables = {name: task_rows(results, name, runs) for name, runs in compared.items()}
+    tables["AdamW's data"] = budget_rows(adamws_budgets(results))
     tables["Over sizes, loss − AdamW's"] = trend_rows(results)
     for part in study.parts.values():
         if part.kind != "judge":

@@ -138,6 +138,28 @@ def test_what_is_said_of_the_smallest_gpt2_is_what_the_log_has(gap):
     assert all(abs(gap(task, "moment-before", form)[0]) < 0.005 for form in FORMS)
 
 
+def test_what_is_said_of_data_is_what_the_log_has():
+    results = report.Results(STUDY, PAGE.parent)
+    budgets = report.adamws_budgets(results)
+    means = {b: report.losses(runs.values()).mean() for b, runs in budgets.items()}
+    assert {b: round(means[b], 3) for b in (40, 80)} == {40: 3.132, 80: 2.970}
+    judged = results.judged("gpt2-small")
+    needed = []  # Between the two budgets on either side, on a line in log tokens.
+    for name, low in (
+        ("came-muon", 40),
+        ("came-muon-int8", 40),
+        ("steady-came", 20),
+    ):
+        gained = means[low] - report.losses(judged[name].values()).mean()
+        needed.append(low / 20 * 2 ** (gained / (means[low] - means[2 * low])))
+    assert [round(times, 1) for times in needed] == [2.4, 2.5, 1.2]
+    law = report.data_law(budgets)
+    missed = abs(law.losses() - list(means.values()))
+    assert (round(min(missed), 2), round(max(missed), 2)) == (0.01, 0.06)
+    tokens = next(iter(judged["adamw"].values()))["tokens"]
+    assert round(law.tokens_for(means[20], 0.0)[0] / tokens, 2) == 1.12
+
+
 def test_what_is_said_of_the_smallest_bert_is_what_the_log_has(gap):
     task = "bert-small"
     words = {
@@ -219,12 +241,19 @@ def test_data_law_waits_for_all_budgets(tmp_path):
     for name, budget in budgets.items():
         part = STUDY.parts[f"judge gpt2-small{name}"]
         for seed in part.seeds:
-            assert report.data_law(report.Results(STUDY, tmp_path)) is None, name
+            budgets = report.adamws_budgets(report.Results(STUDY, tmp_path))
+            assert report.data_law(budgets) is None, name
+            assert report.budget_rows(budgets) == []
             run = Run(part.name, "adamw", {}, seed)
             row = finished(run, 2 + budget**-0.4, tokens=budget)
             log.append(tmp_path / "runs.jsonl", row)
-    law = report.data_law(report.Results(STUDY, tmp_path))
+    budgets = report.adamws_budgets(report.Results(STUDY, tmp_path))
+    law = report.data_law(budgets)
     assert law.tokens_for(2 + 30**-0.4, 0.0)[0] == pytest.approx(30, rel=0.01)
+    rows = report.budget_rows(budgets)
+    assert [row["tokens / parameter"] for row in rows] == ["5", "10", "20", "40", "80"]
+    for row in rows:
+        assert row["loss"] == row["the law's"] + " ± 0.0000"
 
 
 def test_plateau():
