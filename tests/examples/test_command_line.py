@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import os
 import sys
 from pathlib import Path
@@ -70,6 +71,36 @@ def test_options_come_from_a_file_and_back(tmp_path, monkeypatch, capsys):
     assert saved["factoring"]["class_path"] == "came_optax.LargestTwoAxes"
 
 
+OWN_RULE = """
+import dataclasses
+from typing import Any
+from came_optax import FactoredAxes
+
+@dataclasses.dataclass
+class Mine:
+    size: int = 1
+
+    def axes(
+        self, path: tuple[Any, ...], shape: tuple[int, ...]
+    ) -> FactoredAxes | None:
+        return None
+"""
+
+
+def test_a_rule_of_your_own_comes_back_from_a_checkpoints_options(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "my_rules.py").write_text(OWN_RULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    given = ["--factoring=my_rules.Mine", "--factoring.size=3"]
+    values = parse(monkeypatch, *given)
+    config = json.dumps(command_line.as_config(values))
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    _, optimizer, _ = command_line.parse_without_run("", GROUPS, config=config)
+    assert optimizer.factoring == values["factoring"]
+    assert optimizer.factoring.size == 3
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
@@ -83,6 +114,11 @@ def test_options_come_from_a_file_and_back(tmp_path, monkeypatch, capsys):
         ("--seed=-1", "--seed: Not of type Whole: -1 does not conform"),
         ("--seed=" + "9" * 30, "--seed: Not of type Whole"),
         ("--factoring=Unknown", "--factoring Unknown: Expected a dot import path"),
+        ("--factoring=came_optax.Stacked --factoring.axis=a", "--factoring"),
+        (
+            "--factoring=came_optax.LastTwoAxes --factoring.min_dim_size=0",
+            "LastTwoAxes(min_dim_size=...) must be an int >= 1, got 0",
+        ),
         ("--unknown", "unrecognized arguments: --unknown=true; see --help"),
         ("unknown", "unrecognized arguments: unknown"),
         ("--config=missing.yaml", "missing.yaml"),
@@ -91,7 +127,7 @@ def test_options_come_from_a_file_and_back(tmp_path, monkeypatch, capsys):
 )
 def test_a_wrong_option_is_named_with_what_is_allowed(argument, message, monkeypatch):
     with pytest.raises(UserError) as caught:
-        parse(monkeypatch, argument)
+        parse(monkeypatch, *argument.split())
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -13,6 +13,18 @@ import pytest
 import gpt2_in_one_file
 from gpt2_in_one_file import Config, train
 
+
+@pytest.mark.parametrize(
+    ("files", "message"), [(0, "0 files"), (1, "1 files"), (2, "shorter than --length")]
+)
+def test_too_little_text_is_said(tmp_path, files, message):
+    for i in range(files):
+        (tmp_path / f"{i}.txt").write_text(f"Fox {i}.")
+    config = Config(text=str(tmp_path / "*.txt"), folder=str(tmp_path / "run"))
+    with pytest.raises(SystemExit, match=rf"--text .*txt: {message}"):
+        train(config)
+
+
 SWALLOWED = """
 import argparse, os, runpy, signal, sys
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
-from came_optax import came, came_muon, steady_came
+from came_optax import LastTwoAxes, Stacked, came, came_muon, steady_came
 from models import gpt2
 from task import Mean, Task, UserError, with_param_dtype
 from tasks.gpt2 import next_token_loss
@@ -194,6 +194,34 @@ def test_an_option_that_a_rule_has_not_is_refused(optimizer, options):
     options = OptimizerOptions(optimizer=optimizer, **options)
     with pytest.raises(UserError, match=optimizer):
         make_optimizer(options, lambda count: 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("name", "factoring", "message"),
+    [
+        ("steady-came", Stacked(axis=2), r"axis=2.: leaf 'kernel' of shape \(4, 4\)"),
+        ("came-muon", LastTwoAxes(4096), "none of the leaves 'kernel' is a hidden"),
+    ],
+)
+def test_what_a_rule_makes_of_the_parameters_is_refused_by_name(
+    name, factoring, message
+):
+    options = OptimizerOptions(optimizer=name, factoring=factoring)
+    tx = make_optimizer(options, lambda count: 1e-2)
+    with pytest.raises(UserError, match=f"--optimizer {name}: .*{message}"):
+        tx.init({"kernel": np.ones((4, 4), np.float32)})
+
+
+def test_muon_leaves_embeddings_and_the_output_to_adamw():
+    names = ["wte/embedding", "h/0/up/kernel", "lm_head/kernel", "classifier/kernel"]
+    tx = make_optimizer(OptimizerOptions(optimizer="muon"), lambda count: 1e-2)
+    state = tx.init({name: np.ones((4, 4), np.float32) for name in names})
+    partition = state[1].inner_states
+    assert [
+        name
+        for name in names
+        if isinstance(optax.tree.get(partition["muon"], "mu")[name], jax.Array)
+    ] == ["h/0/up/kernel"]
 
 
 @pytest.mark.parametrize(
