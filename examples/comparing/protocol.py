@@ -11,7 +11,7 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -228,6 +228,33 @@ class Protocol:
         return {**settings, name: values[index]} if inside else None
 
 
+def _check_names(study: Protocol) -> None:
+    """Raises ValueError if one part of a protocol names another that isn't there."""
+
+    def check(where: str, names: Sequence[str], known: Iterable[str]) -> None:
+        for name in names:
+            if name not in known:
+                raise ValueError(f"{where}: {name!r} is none of {', '.join(known)}")
+
+    for name, optimizer in study.optimizers.items():
+        others = [optimizer.like] if optimizer.like else optimizer.simplest_of
+        check(f"optimizer {name}", others, study.optimizers)
+        check(f"judged_on of optimizer {name}", optimizer.judged_on, study.parts)
+        if not others and ":" not in optimizer.make:
+            raise ValueError(f"optimizer {name}: make must be module:function")
+    for part in study.parts.values():
+        check(f"kind of part {part.name}", [part.kind], ("tune", "rates", "judge"))
+        check(f"task of part {part.name}", [part.task], study.tasks)
+        check(f"optimizers of part {part.name}", part.optimizers, study.optimizers)
+        check(
+            f"settings of part {part.name}",
+            part.settings and [part.settings],
+            study.parts,
+        )
+        if part.kind == "tune" and len(part.seeds) < 2:
+            raise ValueError(f"part {part.name}: tuning needs two seeds")
+
+
 def mean_and_error(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """Returns the mean and its standard error, NaN of a single value."""
     error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else math.nan
@@ -263,12 +290,14 @@ def read(path: Path) -> Protocol:
             for setting, value in optimizer.get("start", {}).items():
                 if value not in values["grid"].get(setting, ()):
                     raise ValueError(f"{name}: {setting} {value} isn't on the grid")
-        return Protocol(
+        study = Protocol(
             parts={part["name"]: Part(**part) for part in values.pop("part")},
             optimizers={k: Optimizer(**v) for k, v in values.pop("optimizer").items()},
             tasks=values.pop("task"),
             grid={k: list(map(float, v)) for k, v in values.pop("grid").items()},
             **values,
         )
+        _check_names(study)
+        return study
     except (tomllib.TOMLDecodeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: {type(error).__name__}: {error}") from error

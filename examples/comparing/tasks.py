@@ -13,10 +13,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from comparing.log import replacing
-from data import corpus, masking, span_corruption, tokenization
+from data import corpus, masking, pipeline, span_corruption, tokenization
 from data.pipeline import Windows
 from models import bert, gpt2, t5
-from task import Records, Task
+from task import Records, Task, UserError
 from tasks.bert import masked_token_loss
 from tasks.gpt2 import next_token_loss
 from tasks.t5 import target_token_loss
@@ -51,18 +51,30 @@ def make(
     """
     documents = [text for name in corpora for text in corpus.load(_options(name))]
     places = [corpus.unit_hash(document) for document in documents]
-    first, second = sorted(places)[:2]  # Held out however few there are.
+    if len(set(places)) < 3:
+        raise UserError(
+            f"{', '.join(corpora)}: three different documents are needed, to train, "
+            "tune and judge on"
+        )
+    first, second = sorted(set(places))[:2]  # Held out however few there are.
     limits = (max(HELD_OUT, first), max(2 * HELD_OUT, second))
     parts: list[list[str]] = [[], [], []]
     for document, place in zip(documents, places, strict=True):
         parts[sum(place > limit for limit in limits)].append(document)
-    kind = _KINDS[name.partition("-")[0]]
-    task, tokenizer, start, length, overlap = kind(dict(model), parts[-1])
+    if (kind := _KINDS.get(name.partition("-")[0])) is None:
+        raise UserError(f"task {name}: must begin with one of {', '.join(_KINDS)}")
+    try:
+        task, tokenizer, start, length, overlap = kind(dict(model), parts[-1])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"model of task {name}: {error}") from error
     tuning, judging, train = (
         Windows(_encoded(tokenizer, part, start, cache), length, overlap)
         for part in parts
     )
-    return Splits(Task(name=name, train=train, validation=judging, **task), tuning)
+    whole = Task(name=name, train=train, validation=judging, **task)
+    for held_out in judging, tuning:
+        pipeline.check_lengths(dataclasses.replace(whole, validation=held_out))
+    return Splits(whole, tuning)
 
 
 def _options(name: str) -> corpus.TextOptions:

@@ -16,6 +16,7 @@ from comparing.log import replacing
 from comparing.protocol import Settings, make_schedule
 from comparing.tasks import Splits
 from data import pipeline
+from task import UserError
 from training import sharding
 from training.step import (
     TrainState,
@@ -95,7 +96,12 @@ class Series:
         """Returns how many steps make a budget, a multiple of `CHUNK`."""
         tokens = tokens_per_parameter * self.about["parameters"]
         step = self.batch_size * self.task.tokens_per_record
-        return round(tokens / step / CHUNK) * CHUNK
+        if not (steps := round(tokens / step / CHUNK) * CHUNK):
+            raise UserError(
+                f"{tokens_per_parameter:g} tokens a parameter of {self.task.name} are "
+                f"{tokens / step:.1f} steps; at least {CHUNK} are needed"
+            )
+        return steps
 
     def run(
         self,

@@ -138,17 +138,39 @@ def test_form_is_the_simplest_within_an_error_of_the_best(behind, form):
     assert made == {"mu_dtype": "int8"} | ({"b": 1} if form == "b" else {})
 
 
-STUDY = protocol.read(PAGE)
-
-
 @pytest.mark.parametrize(
-    ("written", "said"),
-    [("b1 = 0.96", "b1 0.96 isn't on the grid"), ("b4 = 1", "b4 1 isn't on the grid")],
+    ("was", "written", "said"),
+    [
+        ("b1 = 0.95, rest", "b1 = 0.96, rest", "muon: b1 0.96 isn't on the grid"),
+        ("b1 = 0.95, rest", "b4 = 1, rest", "muon: b4 1 isn't on the grid"),
+        (
+            'like = "steady-came"',
+            'like = "came-steady"',
+            "optimizer steady-came-int8: ",
+        ),
+        ('["moment-after", ', '["after", ', "optimizer came-muon: 'after' is none of "),
+        ('["judge gpt2-small", ', '["judge", ', "judged_on of optimizer came-muon: "),
+        ("comparing.optimizers:muon", "muon", "optimizer muon: make must be module:"),
+        ('kind = "judge"', 'kind = "jugde"', "kind of part judge gpt2-small: 'jugde'"),
+        ('task = "bert-small"', 'task = "bert"', "task of part rates bert-small: "),
+        (
+            'settings = "tune"',
+            'settings = "tuned"',
+            "settings of part judge gpt2-small",
+        ),
+        (
+            'largest = ["adamw"',
+            'largest = ["adam"',
+            "optimizers of part judge gpt2-lar",
+        ),
+        ("seeds = [100, 101]", "seeds = [100]", "part tune: tuning needs two seeds"),
+    ],
 )
-def test_protocol_with_an_unknown_setting(written, said, tmp_path):
-    page = tmp_path / "protocol.md"
-    page.write_text(PAGE.read_text().replace("b1 = 0.95, rest", f"{written}, rest", 1))
-    with pytest.raises(UserError, match=re.escape(f"muon: {said}")):
+def test_protocol_that_names_what_is_not_there(was, written, said, tmp_path):
+    page, text = tmp_path / "protocol.md", PAGE.read_text()
+    assert was in text
+    page.write_text(text.replace(was, written, 1))
+    with pytest.raises(UserError, match=re.escape(said)):
         protocol.read(page)
 
 

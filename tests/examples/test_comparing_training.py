@@ -12,12 +12,12 @@ import optax
 import pytest
 
 import compare_optimizers
-from comparing import log, optimizers, protocol, training
+from comparing import log, optimizers, protocol, tasks, training
 from comparing.protocol import Run
 from comparing.tasks import Splits
 from data.pipeline import Windows
 from models import gpt2
-from task import Task
+from task import Task, UserError
 from tasks.gpt2 import next_token_loss
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -113,6 +113,56 @@ def test_each_optimizer_learns_with_traced_settings(name):
         (params, tx.init(params))
     )
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A file of lines that differ, and its name as a protocol has it."""
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"Fox {i} jumps over {i**3} dogs.\n" for i in range(400)))
+    return str(path)
+
+
+MODEL = {"vocab_size": 300, "n_positions": 8, "n_embd": 12, "n_layer": 1, "n_head": 3}
+
+
+def test_a_task_is_made_of_three_texts(text, tmp_path):
+    splits = tasks.make("gpt2-tiny", MODEL, [text], tmp_path)
+    parts = splits.task.train, splits.task.validation, splits.tuning
+    streams = [set(map(tuple, _windows(part))) for part in parts]
+    assert all(streams) and not set.intersection(*streams)
+    sizes = [len(part.arrays[0]) for part in parts]
+    assert sizes[0] > 10 * max(sizes[1:])
+
+
+def _windows(records):
+    (tokens,) = records.arrays
+    return np.lib.stride_tricks.sliding_window_view(tokens, 30)
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "message"),
+    [
+        ("lstm", MODEL, "task lstm: must begin with one of gpt2, bert, t5"),
+        ("gpt2", MODEL | {"width": 3}, "model of task gpt2: .*width"),
+        ("gpt2", MODEL | {"n_head": 5}, "model of task gpt2: n_embd 12"),
+        ("gpt2", MODEL | {"n_positions": 9999}, "text is shorter than one seq"),
+    ],
+)
+def test_a_task_that_cannot_be_is_refused(name, model, message, text, tmp_path):
+    with pytest.raises(UserError, match=message):
+        tasks.make(name, model, [text], tmp_path)
+
+
+def test_a_text_that_says_one_thing_is_refused(text, tmp_path):
+    pathlib.Path(text).write_text("It is the same.\n" * 400)
+    with pytest.raises(UserError, match="text.txt: three different documents are"):
+        tasks.make("gpt2", MODEL, [text], tmp_path)
+
+
+def test_too_few_tokens_are_refused(series):
+    with pytest.raises(UserError, match=r"^0\.01 tokens a .* gpt2-mock are 0\.\d step"):
+        series.steps(0.01)
 
 
 @pytest.fixture(scope="module")
