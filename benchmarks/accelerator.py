@@ -33,7 +33,7 @@ import numpy as np
 from measuring import output
 from measuring.examples import devices, gpt2, make_gpt2_task, make_init, make_train_step
 from measuring.measurements import Measurements
-from measuring.optimizers import OPTIMIZERS, OURS, Make, plain
+from measuring.optimizers import OPTIMIZERS, OURS, Make, as_written
 from measuring.updates import BASELINE, Update, number, random_like
 from measuring.zoo import gpt2_shapes
 
@@ -93,19 +93,13 @@ def measure_values(found: Measurements, name: str, size: str) -> None:
     params = {k: np.zeros(shape, np.float32) for k, shape in shapes.items()}
     cpu, device = jax.devices("cpu")[0], jax.devices()[0]
 
-    def update(*arguments: Any) -> Any:
-        return tx.update(*arguments)
-
-    there = jax.jit(tx.update)
-    # Another function: the first may be traced already.
-    here = jax.jit(update)
+    there, here = jax.jit(tx.update), jax.jit(as_written(tx).update)
     state = jax.device_put(tx.init(params), cpu)
     errors, rounded = [], []
     for grads in gradients(shapes):
         arguments = (grads, state, params)
         computed = there(*jax.device_put(arguments, device))
-        with plain():
-            expected = here(*jax.device_put(arguments, cpu))
+        expected = here(*jax.device_put(arguments, cpu))
         error, otherwise = differences(computed, expected)
         errors.append(error)
         rounded.append(otherwise)

@@ -17,7 +17,7 @@ import tqdm
 from measuring import output
 from measuring.chips import CHIPS, target
 from measuring.examples import gpt2
-from measuring.optimizers import OPTIMIZERS
+from measuring.optimizers import AS_WRITTEN, OPTIMIZERS
 from measuring.updates import count, number
 from measuring.zoo import gpt2_shapes
 
@@ -28,16 +28,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chip", choices=CHIPS, default="v5e")
     parser.add_argument("--size", choices=gpt2.SIZES, default="small")
-    parser.add_argument(
-        "--optimizers", nargs="+", default=list(OPTIMIZERS), metavar="NAME"
-    )
+    every = {**OPTIMIZERS, **AS_WRITTEN}
+    parser.add_argument("--optimizers", nargs="+", choices=every, default=list(every))
     parser.add_argument("--output", type=pathlib.Path, default=output.DEFAULT)
     args = parser.parse_args()
 
     device = target(args.chip).devices[0]
     params = gpt2_shapes(args.size)
     rows = [
-        {args.chip: name} | count(OPTIMIZERS[name](), params, device)
+        {args.chip: name} | count(every[name](), params, device)
         for name in tqdm.tqdm(args.optimizers, unit="optimizer")
     ]
     output.write(

@@ -201,7 +201,9 @@ def main() -> None:
     parser.add_argument(
         "--param-dtypes", nargs="+", choices=PARAM_DTYPES, default=PARAM_DTYPES
     )
-    parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS))
+    parser.add_argument(
+        "--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS)
+    )
     parser.add_argument("--output", type=pathlib.Path, default=FOLDER)
     args = parser.parse_args()
 

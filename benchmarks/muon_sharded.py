@@ -25,7 +25,8 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from measuring import output
-from measuring.examples import collectives, topologies
+from measuring.chips import target
+from measuring.examples import collectives
 from measuring.examples import hlo as hlo_text
 
 from came_optax import orthogonalize
@@ -157,7 +158,7 @@ def compile_update(
 
 
 def rows(chip: str, layers: int) -> Iterator[dict[str, Any]]:
-    devices = np.array(topologies.target(CHIPS[chip]).devices)
+    devices = np.array(target(CHIPS[chip]).devices)
     for name, sizes in MESHES[chip].items():
         mesh = Mesh(
             devices.reshape(tuple(sizes.values())),

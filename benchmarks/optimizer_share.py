@@ -15,7 +15,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from measuring import output
-from measuring.examples import devices, make_gpt2_task, make_init, make_train_step
+from measuring.examples import (
+    devices,
+    gpt2,
+    make_gpt2_task,
+    make_init,
+    make_train_step,
+)
 from measuring.optimizers import OPTIMIZERS
 from measuring.updates import make_update, time_in_turn
 
@@ -62,7 +68,7 @@ def share(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", default="tiny", help="of the GPT-2 (default: tiny)")
+    parser.add_argument("--size", choices=gpt2.SIZES, default="tiny")
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[2, 32])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--output", type=pathlib.Path, default=output.DEFAULT)

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from measuring import ROOT
+from measuring import ROOT, chips, output
 from measuring.examples import (
     GIB,
     TrainState,
@@ -124,13 +124,13 @@ def make_step(
     return jax.jit(step, out_shardings=places, donate_argnums=0), state
 
 
-def measure(model: str, optimizer: str, chips: int) -> dict[str, Any]:
+def measure(model: str, optimizer: str, count: int) -> dict[str, Any]:
     """Returns what a chip holds of a training step on so many.
 
     Without compiling where parameters, their gradients and the state are too much.
     """
-    target = topologies.tpu(f"v5p:{SLICES[chips]}")
-    mesh = devices.make_mesh({"fsdp": chips}, target.devices)
+    target = chips.target(f"v5p:{SLICES[count]}")
+    mesh = devices.make_mesh({"fsdp": count}, target.devices)
     step, state = make_step(model, OPTIMIZERS[optimizer], mesh)
     of_params, of_state = (
         ahead_of_time.bytes_per_chip(state.params),
@@ -140,13 +140,13 @@ def measure(model: str, optimizer: str, chips: int) -> dict[str, Any]:
     fits = compiled = total <= target.hbm
     if compiled:
         tokens = jax.ShapeDtypeStruct(
-            (chips, LENGTH + 1), jnp.int32, sharding=NamedSharding(mesh, devices.BATCH)
+            (count, LENGTH + 1), jnp.int32, sharding=NamedSharding(mesh, devices.BATCH)
         )
         # A fifth of the time to compile, for somewhat more of temporaries.
-        jax.config.update("jax_exec_time_optimization_effort", -1.0)
+        topologies.set_effort(-1.0)
         report = ahead_of_time.compile_step(step, state, tokens, target)
         if not report.fits:
-            jax.config.update("jax_exec_time_optimization_effort", 0.0)  # The default.
+            topologies.set_effort(0.0)
             report = ahead_of_time.compile_step(step, state, tokens, target)
         total, fits = report.total, report.fits
     return {
@@ -179,7 +179,7 @@ def write_table(results: dict[str, Any], planned: Sequence[int]) -> None:
         rows.append(row | {"smallest slice": f"{smallest} chips: {total:.2f}"})
     table = of_columns(rows)
     print(table)
-    (RESULTS / "table.md").write_text(table + "\n", encoding="utf-8")
+    output.replace(RESULTS / "table.md", table)
 
 
 def main() -> None:
@@ -187,12 +187,11 @@ def main() -> None:
     file = RESULTS / "results.json"
     results = json.loads(file.read_text()) if file.exists() else {}
 
-    def fits(case: tuple[str, str], chips: int) -> bool:
-        name = f"{' '.join(case)} {chips}"
+    def fits(case: tuple[str, str], count: int) -> bool:
+        name = f"{' '.join(case)} {count}"
         if name not in results:
-            results[name] = measure(*case, chips)
-            RESULTS.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+            results[name] = measure(*case, count)
+            output.replace(file, json.dumps(results, indent=2))
         found = results[name]
         verdict = "fits" if found["fits"] else "out of memory"
         print(f"{name}: {found['total_bytes'] / GIB:.2f} GiB, {verdict}", flush=True)
@@ -202,10 +201,10 @@ def main() -> None:
     for case in cases:
         fits(case, PLANNED[0])
     for case in cases:
-        next(chips for chips in SLICES if fits(case, chips))
-    for i, chips in enumerate(PLANNED):
+        next(count for count in SLICES if fits(case, count))
+    for i, count in enumerate(PLANNED):
         for case in cases:
-            fits(case, chips)
+            fits(case, count)
         write_table(results, PLANNED[: i + 1])
 
 

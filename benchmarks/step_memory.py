@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chip", choices=CHIPS, default="v5e")
     parser.add_argument("--models", nargs="+", choices=STEPS, default=STEPS)
-    parser.add_argument("--optimizers", nargs="+", default=NAMES)
+    parser.add_argument("--optimizers", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--output", type=pathlib.Path, default=FOLDER)
     args = parser.parse_args()
 

@@ -9,7 +9,7 @@ the kernel has larger pages. PyTorch's AdamW and the authors' CAME join in where
 is installed:
 
     pip install -e ".[parity]"
-    python benchmarks/update.py --model gpt2 --rounds 20
+    python benchmarks/update.py --rounds 20
 """
 
 import argparse
@@ -22,7 +22,8 @@ from typing import Any
 
 import jax
 from measuring import output
-from measuring.optimizers import OPTIMIZERS, ORTHOGONALIZING
+from measuring.examples import gpt2
+from measuring.optimizers import AS_WRITTEN, OPTIMIZERS, ORTHOGONALIZING
 from measuring.updates import (
     BASELINE,
     Update,
@@ -32,11 +33,6 @@ from measuring.updates import (
     time_in_turn,
 )
 from measuring.zoo import gpt2_shapes
-
-MODELS: dict[str, Callable[[], Any]] = {
-    "gpt2": gpt2_shapes,
-    "nano": lambda: gpt2_shapes("nano"),  # Tries the code.
-}
 
 
 class TorchUpdate:
@@ -79,15 +75,15 @@ def page_faults(contestant: Callable[[], None]) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=MODELS, default="gpt2")
+    parser.add_argument("--size", choices=gpt2.SIZES, default="small")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--output", type=pathlib.Path, default=output.DEFAULT)
     args = parser.parse_args()
 
-    grads = random_like(MODELS[args.model]())
+    grads = random_like(gpt2_shapes(args.size))
     updates = {
         name: Update(make(), grads)
-        for name, make in OPTIMIZERS.items()
+        for name, make in {**OPTIMIZERS, **AS_WRITTEN}.items()
         if name != "SGD"
     }
     contestants: dict[str, Any] = dict(updates)
@@ -106,7 +102,7 @@ def main() -> None:
         size = sum(x.nbytes for x in jax.tree.leaves(contestant.state))
         rows.append(
             {
-                args.model: name,
+                f"gpt2 {args.size}": name,
                 "update (ms)": f"{1e3 * statistics.median(seconds[name]):.1f}",
                 "to AdamW": f"{statistics.median(to_baseline[name]):.2f}",
                 "page faults": page_faults(contestant),
@@ -116,7 +112,7 @@ def main() -> None:
         )
     output.write(
         args.output,
-        f"update_{args.model.replace('-', '_')}",
+        "update_gpt2",
         rows,
         parameters=number(grads),
         leaves=len(jax.tree.leaves(grads)),

@@ -36,7 +36,15 @@ if any(importlib.util.find_spec(name) is None for name in ("torch", "came_pytorc
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Of the cases of a test marked `slow(but=n)`, n spread evenly are not slow."""
+    """Skips what compiles for TPUs where libtpu is missing, and parts off the slow.
+
+    Of the cases of a test marked `slow(but=n)`, n spread evenly are not slow.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        without = pytest.mark.skip(reason="libtpu is missing; the `tpu` extra has it")
+        for item in items:
+            if item.get_closest_marker("tpu"):
+                item.add_marker(without)
     cases = collections.defaultdict(list)
     for item in items:
         if (mark := item.get_closest_marker("slow")) and "but" in mark.kwargs:

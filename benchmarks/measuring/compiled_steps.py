@@ -7,11 +7,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import jax
-
 from came_optax import BalancedSplit, Stacked, came_muon, with_master_weights
-from measuring import chips
-from measuring.examples import Target, Task, ahead_of_time, devices
+from measuring import chips, output
+from measuring.examples import Target, Task, ahead_of_time, devices, topologies
 from measuring.optimizers import OPTAX, OURS, Make, in_float32
 
 CHIPS = ("v5e", "h100")
@@ -40,9 +38,7 @@ OPTIMIZERS: Mapping[str, Make] = {
 
 def one_chip(name: str) -> Target:
     """Returns one chip to compile for; call it before anything else uses JAX."""
-    effort = "jax_exec_time_optimization_effort"
-    if hasattr(jax.config, effort):  # Not in JAX 0.11 any more.
-        jax.config.update(effort, -1.0)  # Compiles several times faster.
+    topologies.set_effort(-1.0)
     target = chips.target(name)
     return dataclasses.replace(target, devices=target.devices[:1])
 
@@ -91,8 +87,7 @@ class Results:
             print(f"{name}: {made}", flush=True)
             self.steps = self._read() | {name: made}
             lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in self.steps.items()]
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+            output.replace(self.path, "{\n" + ",\n".join(lines) + "\n}")
         return self.steps[name]
 
     def find(self, *key: Any) -> Any:

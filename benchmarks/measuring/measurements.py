@@ -1,11 +1,11 @@
 """What was measured on a device so far: a table and a JSON file, always whole."""
 
 import json
-import os
 import pathlib
 import time
 from typing import Any
 
+from measuring import output
 from measuring.examples import of_columns
 from measuring.updates import BASELINE
 
@@ -38,7 +38,6 @@ class Measurements:
         self.folder, self.facts = folder, facts
         self.rows: dict[str, dict[str, Any]] = {}
         self.failed: list[str] = []
-        folder.mkdir(parents=True, exist_ok=True)
         self._began = time.monotonic()
 
     def add(self, optimizer: str, **measured: Any) -> None:
@@ -62,8 +61,9 @@ class Measurements:
         print(f"[{time.monotonic() - self._began:5.0f} s]", *news, flush=True)
         rows = [{"optimizer": name} | row for name, row in self.rows.items()]
         everything = self.facts | {"failed": self.failed, "rows": rows}
-        _replace(self.folder / "accelerator.json", json.dumps(everything, indent=1))
-        _replace(self.folder / "accelerator.md", self.table())
+        text = json.dumps(everything, indent=1)
+        output.replace(self.folder / "accelerator.json", text)
+        output.replace(self.folder / "accelerator.md", self.table())
 
     def table(self) -> str:
         """Returns the device and all rows, in Markdown."""
@@ -77,10 +77,3 @@ class Measurements:
             ]
             lines += ["", of_columns(cells)]
         return "\n".join([*lines, *(f"\nFailed: {line}" for line in self.failed)])
-
-
-def _replace(path: pathlib.Path, text: str) -> None:
-    """Writes a file that is whole whenever the process ends."""
-    new = path.with_suffix(".new")
-    new.write_text(text + "\n", encoding="utf-8")
-    os.replace(new, path)

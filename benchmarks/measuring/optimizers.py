@@ -1,7 +1,6 @@
 """The optimizers of the tables: what is recommended first, then all else."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -63,11 +62,20 @@ OPTIMIZERS: Mapping[str, Make] = {**_STEADY, **_CAME_MUON, **OURS, **OPTAX, **_M
 ORTHOGONALIZING = (*_CAME_MUON, *_MUON)
 
 
-@contextlib.contextmanager
-def plain() -> Iterator[None]:
-    """What is traced within computes CAME as it is written, on every platform."""
-    with mock.patch.dict(schedules.BY_PLATFORM, clear=True):
-        yield
+def as_written(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Computes CAME as it is written, in the place of each platform's schedule."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        with mock.patch.dict(schedules.BY_PLATFORM, clear=True):  # While it is traced.
+            return tx.update(updates, state, params)
+
+    return optax.GradientTransformation(tx.init, update)
+
+
+AS_WRITTEN: Mapping[str, Make] = {
+    f"as written: {name}": lambda make=make: as_written(make())
+    for name, make in OURS.items()
+}
 
 
 def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:

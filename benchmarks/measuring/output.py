@@ -1,6 +1,7 @@
 """Where benchmarks write what they measured."""
 
 import json
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,6 +10,14 @@ from measuring import ROOT
 from measuring.examples import of_columns
 
 DEFAULT = ROOT / "benchmarks" / "results"
+
+
+def replace(path: pathlib.Path, text: str) -> None:
+    """Writes a file that is whole whenever the process ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text + "\n", encoding="utf-8")
+    os.replace(new, path)
 
 
 def write(
@@ -20,7 +29,6 @@ def write(
     """Prints rows as a table, and writes them as Markdown and, with facts, as JSON."""
     text = of_columns(rows)
     print(text)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / f"{name}.md").write_text(text + "\n", encoding="utf-8")
+    replace(directory / f"{name}.md", text)
     result = json.dumps(facts | {"rows": rows}, indent=2, ensure_ascii=False)
-    (directory / f"{name}.json").write_text(result + "\n", encoding="utf-8")
+    replace(directory / f"{name}.json", result)

@@ -33,6 +33,16 @@ class Target:
     hbm: int
 
 
+def set_effort(effort: float) -> None:
+    """Sets what XLA spends on fast code: at -1 it compiles several times faster.
+
+    The default is 0. JAX 0.11 has no such setting any more.
+    """
+    name = "jax_exec_time_optimization_effort"
+    if hasattr(jax.config, name):
+        jax.config.update(name, effort)
+
+
 def target(topology: str, slices: int = 1) -> Target:
     """Returns chips by a topology such as "v5e:4x4" or "h100:2x8" (nodes x GPUs)."""
     if topology.startswith("h100:"):

@@ -207,12 +207,14 @@ class Trainer:
                 if last or step % training.log_every == 0:
                     row = _finite_floats(step_metrics, step)
                     row["learning_rate"] = float(np.asarray(self.schedule(step - 1)))
-                    tokens = counted * training.batch_size * length
-                    row["tokens_per_second"] = tokens / (time.perf_counter() - since)
-                    since, counted = time.perf_counter(), 0
-                    write(step, **row)
                     shown["loss"] = f"{row['loss']:.3f}"
-                    shown["tokens/s"] = f"{row['tokens_per_second']:,.0f}"
+                    if counted:
+                        tokens = counted * training.batch_size * length
+                        speed = tokens / (time.perf_counter() - since)
+                        row["tokens_per_second"] = speed
+                        shown["tokens/s"] = f"{speed:,.0f}"
+                        since, counted = time.perf_counter(), 0
+                    write(step, **row)
                     bar.set_postfix(shown, refresh=False)
                 if last or step % training.eval_every == 0:
                     means = self.evaluate(None if last else training.eval_batches)

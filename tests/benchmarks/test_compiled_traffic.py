@@ -1,7 +1,5 @@
 """The traffic of an update on a TPU v5e; deterministic for one version of JAX."""
 
-import importlib.util
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -19,8 +17,6 @@ pytestmark = pytest.mark.tpu
 
 @pytest.fixture(scope="module")
 def v5e():
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed; it comes with the `tpu` extra")
     return topologies.target("v5e:2x2").devices[0]
 
 

@@ -1,6 +1,5 @@
 """Training steps compiled for TPUs that aren't there."""
 
-import importlib.util
 import textwrap
 
 import jax
@@ -111,9 +110,6 @@ def test_report_says_what_is_used_and_whether_it_fits():
 
 @pytest.fixture
 def compile_step():
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed; it comes with the `tpu` extra")
-
     def compile_step(task, size, topology, slices=1, batch_size=None, **options):
         target = topologies.target(topology, slices)
         chips = len(target.devices)

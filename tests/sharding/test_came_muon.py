@@ -21,6 +21,7 @@ from came_optax import (
     orthogonalize,
     state_sharding,
 )
+from compiling.collectives import collectives
 
 # A leaf's shape, and its spec, on axes of sizes 4 and 2.
 LEAVES = {
@@ -154,7 +155,7 @@ LAYER = {"q": (32, 32), "o": (32, 32), "up": (32, 64), "down": (64, 32)}
 )
 @pytest.mark.parametrize("layers", [2, 8])
 def test_exchanges_do_not_grow_with_the_layers(
-    auto_mesh, collectives, sizes, spec_of, exchanges, layers
+    auto_mesh, sizes, spec_of, exchanges, layers
 ):
     mesh = auto_mesh(**sizes)
     params = [
@@ -280,7 +281,7 @@ def test_nnx_optimizer():
 
 @pytest.mark.tpu
 @pytest.mark.parametrize("sizes", [{"fsdp": 16}, {"fsdp": 4, "tensor": 4}], ids=str)
-def test_tpu_exchanges_matrices_and_shares_the_work(v5e_devices, collectives, sizes):
+def test_tpu_exchanges_matrices_and_shares_the_work(v5e_devices, sizes):
     devices = np.array(v5e_devices).reshape(tuple(sizes.values()))
     mesh = Mesh(devices, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
     sharding = NamedSharding(mesh, P(*sizes))

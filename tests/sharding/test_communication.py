@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from came_optax import BalancedSplit, came, state_sharding, steady_came
+from compiling.collectives import collectives
 
 
 def gpt2_shapes(layers, width):
@@ -79,7 +80,7 @@ def check_sums(found, params, rounds):
 
 @pytest.mark.slow(but=1)
 @pytest.mark.parametrize("spec_of", [rows, columns])
-def test_only_sums_are_communicated(collectives, spec_of):
+def test_only_sums_are_communicated(spec_of):
     params = gpt2_shapes(layers=1, width=64)
     tx = steady_came(1e-3, weight_decay=0.1)
     hlo = compiled_update(tx, params, spec_of, jax.devices())
@@ -110,7 +111,7 @@ def reduced_by(hlo):
     ],
 )
 def test_tpu_needs_three_rounds_whatever_the_number_of_leaves(
-    v5e_devices, collectives, layers, width, spec_of, mu_dtype
+    v5e_devices, layers, width, spec_of, mu_dtype
 ):
     params = gpt2_shapes(layers, width)
     rule = BalancedSplit()
@@ -140,7 +141,7 @@ def test_tpu_needs_three_rounds_whatever_the_number_of_leaves(
     ],
     ids="steady_came bfloat16 int8 int4 came unclipped clipped adamw adafactor".split(),
 )
-def test_tpu_rounds_by_optimizer(v5e_devices, collectives, tx, rounds):
+def test_tpu_rounds_by_optimizer(v5e_devices, tx, rounds):
     params = gpt2_shapes(layers=1, width=256)
     with jax.numpy_dtype_promotion("standard"):  # optax.adamw needs it.
         found = collectives(compiled_update(tx, params, rows, v5e_devices))
