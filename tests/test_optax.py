@@ -23,8 +23,6 @@ from came_optax import (
 )
 from tests.optimizers import OPTIMIZERS
 
-NARROW = [jnp.float16, jnp.bfloat16, jnp.float32]
-DTYPES = [*NARROW, jnp.float64, jnp.complex64, jnp.complex128]
 SHAPES = {"bias": (3,), "kernel": (2, 48, 46), "twin": (2, 48, 46), "scale": ()}
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
@@ -33,11 +31,6 @@ every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 def make_params(dtype=jnp.float32):
     rng = np.random.default_rng(0)
     return {n: jnp.asarray(rng.normal(size=s).astype(dtype)) for n, s in SHAPES.items()}
-
-
-def types(tree):
-    """Returns the tree of shapes, dtypes, weak types and shardings."""
-    return jax.tree.map(jax.typeof, tree)
 
 
 @every_optimizer

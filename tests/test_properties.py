@@ -20,7 +20,6 @@ from came_optax import (
     scale_by_came,
 )
 
-Shape = tuple[int, ...]
 STEPS = 3
 EXAMPLES = settings.default.max_examples  # 25, unless --hypothesis-profile says so.
 
@@ -142,7 +141,7 @@ def test_a_stack_equals_its_layers(data, shape, rule, kwargs):
 @given(
     shape=shapes(),
     kwargs=options,
-    rule=st.sampled_from([LargestTwoAxes(9), fixed(FactoredAxes())]),
+    rule=st.sampled_from(UNFACTORED),
 )
 @settings(max_examples=EXAMPLES // 2)
 def test_factoring_nothing_equals_a_vector(shape, kwargs, rule):

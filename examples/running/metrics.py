@@ -141,10 +141,12 @@ def plot_curve(
     title: str,
     rows: Sequence[Mapping[str, Any]],
     references: Mapping[str, float],
+    metadata: dict[str, Any] | None = None,
 ) -> None:
     """Draws training and validation loss against steps, and reference losses.
 
     Lines differ in style, marker and label: the plot reads without colour too.
+    `metadata` is the file's.
     """
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name, label, style in (
@@ -171,5 +173,5 @@ def plot_curve(
     axes.set_title(title)
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, metadata=metadata)
     plt.close(figure)

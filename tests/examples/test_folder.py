@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -139,14 +140,19 @@ def test_a_state_of_other_containers_is_restored():
     chex.assert_trees_all_equal(restored, other)
 
 
+def _flip(content, at):
+    return content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :]
+
+
 def damaging(path):
     """Damages a file in each way and yields how."""
     content = path.read_bytes()
     for name, changed in (
         ("cut", content[: len(content) // 2]),
         ("empty", b""),
-        ("bit", bytes([content[0] ^ 4]) + content[1:] if content else b"x"),
-        ("last bit", content[:-1] + bytes([content[-1] ^ 64]) if content else b"y"),
+        ("bit", _flip(content, 0) if content else b"x"),
+        ("middle bit", _flip(content, len(content) // 2) if content else b"y"),
+        ("last bit", _flip(content, len(content) - 1) if content else b"z"),
         ("zeros", bytes(len(content))),
         ("noise", random.Random(0).randbytes(len(content))),
         ("a folder", None),
@@ -178,9 +184,11 @@ def test_whatever_is_damaged_is_named_and_so_is_the_older():
                 checkpoints.restore(shapes())
             message = str(caught.value)
             assert "run/checkpoints/4: damaged checkpoint (" in message, (path, how)
-            assert message.endswith("go on from step 2, which is sound")
+            assert message.endswith("that folder to go on from step 2, which is sound")
             assert "\n" not in message
     chex.assert_trees_all_equal(checkpoints.restore(shapes()), make_state(4))
+    shutil.rmtree("run/checkpoints/4")  # What the line says works.
+    chex.assert_trees_all_equal(checkpoints.restore(shapes()), make_state(2))
 
 
 def test_a_damaged_older_one_is_not_recommended():

@@ -39,11 +39,6 @@ T5 = t5.T5Config(
     num_decoder_layers=2,
     num_heads=3,
 )
-T5_1_0 = {
-    "feed_forward_proj": "relu",
-    "tie_word_embeddings": True,
-    "scale_decoder_outputs": True,
-}
 MODELS = {
     "gpt2": (
         gpt2.GPT2,
@@ -51,7 +46,7 @@ MODELS = {
     ),
     "bert": (bert.MaskedLM, BERT),
     "t5": (t5.T5, T5),
-    "t5-v1.0": (t5.T5, t5.T5Config(**vars(T5) | T5_1_0)),
+    "t5-v1.0": (t5.T5, t5.T5Config(**vars(T5) | t5.VERSION_1_0)),
 }
 CONFIGS = {
     gpt2.GPT2: gpt2.GPT2Config,

@@ -120,7 +120,6 @@ def test_a_resumed_run_ends_with_the_same_bits(name, run):
         ("gpt2", ["--text", "latin1.txt"], "latin1.txt: not UTF-8 text (byte 9)"),
         ("gpt2", ["--text", "short.txt"], "text is shorter than one sequence of 16"),
         ("gpt2", ["--text", "repeated.txt"], "the text is one piece 20 times over"),
-        ("gpt2", ["--dataset", "x"], "--text and --dataset exclude each other"),
         ("gpt2", ["--batch-size", "12"], "--batch-size 12: must be a multiple of 8"),
         ("gpt2", ["--accumulate", "3"], "must be a multiple of 24"),
         ("gpt2", ["--warmup=4", "--steps=4"], "--warmup 4: must be below --steps 4"),
