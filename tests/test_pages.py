@@ -108,13 +108,6 @@ def test_what_is_said_of_times_is_in_the_table():
     assert round(ratios["came_muon, int8"] / 5) == round(65 / 5)
 
 
-def test_the_readmes_links_lead_somewhere():
-    targets = re.findall(r"\]\((?!https?:)([^)]+)\)", read("README.md"))
-    assert targets
-    for target in targets:
-        assert (ROOT / target.partition("#")[0]).exists(), target
-
-
 def headings(text):
     """Returns the anchors of a page: of its headings, and those that it names."""
     found = re.findall(r"^#+ (.*)$", text, flags=re.M)
@@ -163,7 +156,9 @@ def test_links_between_pages_lead_to_an_anchor():
     pages = [p for p in DOCS.rglob("*.md") if not {"_build", "results"} & set(p.parts)]
     for path in [ROOT / "README.md", *pages]:
         text = re.sub(r"^```.*?^```", "", read(path), flags=re.M | re.S)
-        for target in re.findall(r"\]\((?!https?:|#)([^)\s]+)\)", text):
+        targets = re.findall(r"\]\((?!https?:|#)([^)\s]+)\)", text)
+        assert targets or path.name != "README.md"
+        for target in targets:
             name, _, anchor = target.partition("#")
             page = (path.parent / name).resolve()
             assert page.exists(), (path, target)

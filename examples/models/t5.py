@@ -224,12 +224,7 @@ class T5(nnx.Module):
             )
 
     def __call__(self, inputs_BxL: jax.Array, decoder_inputs_BxM: jax.Array):
-        return self.decode(self.encoder(self.shared(inputs_BxL)), decoder_inputs_BxM)
-
-    def decode(
-        self, encoded_BxLxD: jax.Array, decoder_inputs_BxM: jax.Array
-    ) -> jax.Array:
-        """Returns logits (B, M, V) given the encoder's output."""
+        encoded_BxLxD = self.encoder(self.shared(inputs_BxL))
         x_BxMxD = self.decoder(self.shared(decoder_inputs_BxM), encoded_BxLxD)
         if self.config.scale_decoder_outputs:
             x_BxMxD = x_BxMxD * self.config.d_model**-0.5

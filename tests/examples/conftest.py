@@ -18,6 +18,13 @@ def same_ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Where vocabularies are kept: not where the user has theirs."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "came-optax"
+
+
 @pytest.fixture(scope="package", autouse=True)
 def compile_once(tmp_path_factory):
     """A resumed run, or one on other data, compiles what another one did."""

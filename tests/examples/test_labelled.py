@@ -75,8 +75,7 @@ def test_too_few_to_split():
         labelled.split(ROWS[:2])
 
 
-def test_examples_are_cut_and_padded(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_examples_are_cut_and_padded():
     tokenizer = masking.wordpiece([row.text for row in ROWS], 100)
     rows = [Labelled("many", "b"), Labelled("Sentence 12 of many, many, many", "a")]
     short, long = Examples(rows, ["a", "b"], tokenizer, 6)
@@ -88,8 +87,7 @@ def test_examples_are_cut_and_padded(tmp_path, monkeypatch):
     assert (short["label"], long["label"]) == (1, 0)
 
 
-def test_a_length_without_a_place_for_text_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_a_length_without_a_place_for_text_is_refused():
     tokenizer = masking.wordpiece([row.text for row in ROWS], 100)
     with pytest.raises(UserError, match="--seq-len 2: must be at least 3"):
         Examples(ROWS, ["a", "b"], tokenizer, 2)

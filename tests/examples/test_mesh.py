@@ -16,6 +16,7 @@ import tasks.t5
 from came_optax import came, came_muon
 from models import bert, gpt2, t5
 from task import Task, UserError
+from tests.examples.stepping import train
 from training import optimizers, sharding, step
 
 BATCH_SIZE, LENGTH, VOCABULARY = 16, 8, 24
@@ -67,24 +68,14 @@ CASES = {
 TX = came(1e-3, weight_decay=0.1)
 
 
-def train(task, batch, mesh, accumulate=1):
-    state = step.make_init(task, TX, mesh)(0)
-    train_step = step.make_train_step(task, TX, accumulate, 0, mesh)
-    losses = []
-    for _ in range(3):
-        state, metrics = train_step(state, sharding.put_batch(batch, mesh))
-        losses.append(float(metrics["loss"]))
-    assert train_step._cache_size() == 1
-    return state, losses
-
-
 @functools.cache
-def losses_on_one_device(task):
-    return train(*CASES[task], sharding.make_mesh({}, jax.devices()[:1]))[1]
+def losses_on_one_device(name):
+    task, batch = CASES[name]
+    return train(task, TX, batch, sharding.make_mesh({}, jax.devices()[:1]))[1]
 
 
 @pytest.mark.parametrize(
-    ("task", "sizes", "accumulate"),
+    ("name", "sizes", "accumulate"),
     [
         ("gpt2", {"data": 2, "fsdp": 2, "tensor": 2}, 2),
         pytest.param("gpt2", {"fsdp": 8}, 1, marks=pytest.mark.nightly),
@@ -93,10 +84,11 @@ def losses_on_one_device(task):
         pytest.param("t5", {"fsdp": 4, "tensor": 2}, 1, marks=pytest.mark.nightly),
     ],
 )
-def test_losses_do_not_depend_on_the_mesh(task, sizes, accumulate):
-    state, losses = train(*CASES[task], sharding.make_mesh(sizes), accumulate)
+def test_losses_do_not_depend_on_the_mesh(name, sizes, accumulate):
+    (task, batch), mesh = CASES[name], sharding.make_mesh(sizes)
+    state, losses = train(task, TX, batch, mesh, accumulate=accumulate)
     assert losses[0] > losses[2]
-    assert losses == pytest.approx(losses_on_one_device(task), rel=1e-5)
+    assert losses == pytest.approx(losses_on_one_device(name), rel=1e-5)
     parts = [p.addressable_data(0).size for p in jax.tree.leaves(state.params)]
     whole = [p.size for p in jax.tree.leaves(state.params)]
     # All matrices are in parts, but those of positions and segments on "tensor".
@@ -121,12 +113,7 @@ def test_came_muon_does_not_depend_on_the_mesh(sizes, monkeypatch):
             lambda count: 1e-3,
             params_sharding=step.params_sharding(GPT2, mesh),
         )
-        state = step.make_init(GPT2, tx, mesh)(0)
-        batch = sharding.put_batch(CASES["gpt2"][1], mesh)
-        train_step = step.make_train_step(GPT2, tx, 1, 0, mesh)
-        for _ in range(3):
-            state, metrics = train_step(state, batch)
-        return float(metrics["loss"])
+        return train(GPT2, tx, CASES["gpt2"][1], mesh)[1][-1]
 
     alone = sharding.make_mesh({}, jax.devices()[:1])
     assert loss(sharding.make_mesh(sizes)) == pytest.approx(loss(alone), rel=1e-5)

@@ -42,7 +42,6 @@ SHORT = [
 def folder(tmp_path, monkeypatch):
     """Runs each test in a folder with texts, a CSV file and a pretrained model."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     lines = [f"The quick brown fox {i} jumps over {i * i} dogs.\n" for i in range(200)]
     Path("text.txt").write_text("".join(lines))
     Path("more.txt").write_text(

@@ -14,6 +14,7 @@ from came_optax import LastTwoAxes, Stacked, came, came_muon, steady_came
 from models import gpt2
 from task import Mean, Task, UserError, with_param_dtype
 from tasks.gpt2 import next_token_loss
+from tests.examples import stepping
 from training import sharding, step
 from training.optimizers import (
     OptimizerOptions,
@@ -41,15 +42,7 @@ pytestmark = pytest.mark.usefixtures("promotion")
 
 
 def train(tx, steps, accumulate=1, task=TASK, batch=BATCH):
-    mesh = sharding.make_mesh()
-    state = step.make_init(task, tx, mesh)(0)
-    train_step = step.make_train_step(task, tx, accumulate, 0, mesh)
-    losses = []
-    for _ in range(steps):
-        state, metrics = train_step(state, sharding.put_batch(batch, mesh))
-        losses.append(float(metrics["loss"]))
-    assert train_step._cache_size() == 1
-    return state, losses
+    return stepping.train(task, tx, batch, sharding.make_mesh(), steps, accumulate)
 
 
 @pytest.mark.parametrize(

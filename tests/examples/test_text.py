@@ -90,10 +90,9 @@ def test_a_text_of_one_piece_repeated_is_called_that():
     assert train and validation
 
 
-def test_tokenizer_round_trip_and_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_tokenizer_round_trip_and_cache(cache):
     tokenizer = tokenization.byte_level_bpe(DOCUMENTS, 300)
-    (cached,) = (tmp_path / "came-optax").iterdir()
+    (cached,) = cache.iterdir()
     assert tokenizer.get_vocab_size() == 300
     text = "Any text: ünïcödé, 数学, \N{PILE OF POO}"
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
@@ -104,7 +103,7 @@ def test_tokenizer_round_trip_and_cache(tmp_path, monkeypatch):
     assert cached.stat().st_mtime_ns == written
     tokenization.byte_level_bpe(DOCUMENTS[:-1], 300)
     tokenization.byte_level_bpe(DOCUMENTS, 301)
-    assert len(list((tmp_path / "came-optax").iterdir())) == 3
+    assert len(list(cache.iterdir())) == 3
 
 
 def test_baselines_by_hand():
