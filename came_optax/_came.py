@@ -67,8 +67,9 @@ def came(
     steps, or take :func:`steady_came`.
 
     Gradients that are NaN or infinite pass through as such; ``optax.apply_if_finite``
-    is the guard. Means are global under ``jit`` with sharded arrays, but local inside
-    ``shard_map``, where the statistics of each shard would be its own.
+    is the guard, where gradients have the parameters' dtype. Means are global under
+    ``jit`` with sharded arrays, but local inside ``shard_map``, where the statistics of
+    each shard would be its own.
 
     Args:
       learning_rate: step size :math:`\eta`, a number or a schedule.

@@ -24,6 +24,8 @@ def check_scalar(
     The values of arrays pass unvalidated, as they may be traced; but not 16 bits, where
     a decay rate of 0.999 would be 1.
     """
+    if isinstance(value, np.ndarray) and value.shape == ():
+        value = value[()]
     if isinstance(value, jax.Array | np.ndarray):
         floating = jnp.issubdtype(value.dtype, jnp.floating)
         if not floating and not jnp.issubdtype(value.dtype, jnp.integer):
@@ -38,7 +40,8 @@ def check_scalar(
         return
     if isinstance(value, np.generic) and jnp.issubdtype(value.dtype, jnp.floating):
         value = float(value)  # A scalar of ml_dtypes is no np.number.
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+    real = int | float | np.floating | np.integer
+    if isinstance(value, bool) or not isinstance(value, real):
         hint = " (for a schedule, use optax.inject_hyperparams)"
         allowed = "a number or an array"
         if name == "learning_rate":
@@ -52,7 +55,11 @@ def check_scalar(
         ("<", below, np.less),
     ]
     given = [(sign, bound, holds) for sign, bound, holds in bounds if bound is not None]
-    if not all(holds(np.float32(value), bound) for _, bound, holds in given):
+    try:
+        rounded: Any = np.float32(value)
+    except OverflowError:  # An int that is no float.
+        rounded = np.inf if value > 0 else -np.inf
+    if not all(holds(rounded, bound) for _, bound, holds in given):
         allowed = " and ".join(f"{sign} {bound:g}" for sign, bound, _ in given)
         raise ValueError(f"{name} must be {allowed} (in float32), got {value!r}")
 
@@ -102,8 +109,19 @@ def checked_mask(name: str, mask: Any, params: Any) -> Any:
                 f"{name} must be a tree of bools or a function that returns one, got "
                 f"{leaf!r}{at}"
             )
+    return broadcast(name, mask, arrays)
+
+
+def broadcast(
+    name: str, prefix: Any, params: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> Any:
+    """Returns a tree structured as the parameters, of one or of a prefix.
+
+    Raises:
+      ValueError: an argument, by its name, has another structure.
+    """
     try:
-        return jax.tree.broadcast(mask, arrays)
+        return jax.tree.broadcast(prefix, params, is_leaf=is_leaf)
     except ValueError as error:
         raise ValueError(f"{name} does not fit the parameters: {error}") from error
 
@@ -179,7 +197,6 @@ def difference(
 
 def check_params(params: Any, updates: Any) -> None:
     """Raises if parameters and updates differ in structure or shapes."""
-    check_inexact("params", params)
     check_same_leaves("params", params, "updates", updates)
 
     def check(path: KeyPath, p: Any, u: Any) -> None:
@@ -190,6 +207,17 @@ def check_params(params: Any, updates: Any) -> None:
             )
 
     jax.tree.map_with_path(check, params, updates)
+
+
+def check_count(count: Any, made_by: str) -> None:
+    """Raises unless a state's count is one integer."""
+    if jnp.shape(count) != () or not jnp.issubdtype(
+        jnp.result_type(count), jnp.integer
+    ):
+        raise TypeError(
+            f"count in the state of {made_by} must be an integer of shape (), got "
+            f"{jnp.result_type(count)} of shape {jnp.shape(count)}"
+        )
 
 
 def check_state(state: Any, cls: type, made_by: str) -> None:

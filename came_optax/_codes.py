@@ -38,7 +38,8 @@ class Codes(NamedTuple):
 
     Attributes:
       values: codes from −127 to 127, int8, of the leaf's shape; or from −7 to 7, two to
-        a byte, uint8, of the leaf's shape with one axis halved.
+        a byte, uint8, of the leaf's shape with one axis halved and rounded up (rows to
+        a multiple of 8).
       row_scale: largest magnitude in each row; the leaf's shape without ``col`` axes.
       col_scale: largest magnitude in each column; the leaf's shape without ``row``
         axes. Zeros of shape (1,) for a vector.

@@ -81,7 +81,9 @@ def scale_by_confidence(
       nesterov: look one step ahead: the update takes
         :math:`\beta_1 m + (1 - \beta_1) u` for :math:`m`.
       bias_correction: divide the instability by :math:`1 - \beta_3^t` and the momentum
-        in the update by :math:`1 - \beta_1^t`. The residual :math:`u - m` keeps the
+        in the update by :math:`1 - \beta_1^t`; with Nesterov momentum the update takes
+        :math:`\beta_1 m / (1 - \beta_1^{t+1}) + (1 - \beta_1) u / (1 - \beta_1^t)`
+        for :math:`m`. The residual :math:`u - m` keeps the
         uncorrected momentum: with the corrected one it would be 0 at the first step.
 
     Returns:

@@ -32,9 +32,10 @@ def convert_state(
 
     Each transformation of ``new`` takes over the state of the one of ``old`` that has
     its place, through ``chain``, ``masked``, ``partition``, ``MultiSteps``,
-    ``inject_hyperparams`` and other wrappers: of those that a parameter passes, the
-    first of a kind that of the first of the kind, and so on. What is stored as before
-    is kept to the last bit, its sharding included. The rest is converted:
+    ``inject_hyperparams`` and other wrappers. Of the transformations that a parameter
+    passes, the first of each kind takes over from the first of that kind, the second
+    from the second. What is stored as before is kept to the last bit, its sharding
+    included. The rest is converted:
 
     - A CAME, one of its halves, or :func:`quantized_ema`, with another ``mu_dtype`` or
       ``factoring``: momentum is decoded and stored anew, statistics are those of their

@@ -44,8 +44,8 @@ class LastTwoAxes:
 
     Attributes:
       min_dim_size: leaves with fewer rows or fewer columns stay unfactored. With 2 the
-        factor ``(d, 1)`` of a LoRA has one second moment a number in place of three
-        statistics.
+        factor ``(d, 1)`` of a LoRA has d numbers of statistics, its second moment; with
+        1 it has 2d + 2, of rows and columns.
 
     Example:
       >>> LastTwoAxes().axes((), (8, 4, 3))

@@ -13,7 +13,8 @@ from jax.typing import ArrayLike
 
 from came_optax import _boxes as boxes
 from came_optax._arrays import check_array
-from came_optax._checks import check_same_leaves, check_state
+from came_optax._checks import check_params, check_same_leaves, check_state
+from came_optax._factored_axes import is_int
 from came_optax._paths import KeyPath, path_name
 from came_optax._weight_bits import (
     DOWN,
@@ -82,7 +83,8 @@ def with_master_weights(
 
     Returns:
       A transformation with state :class:`MasterWeightsState`. ``update`` needs
-      ``params``, and what it returns must be applied as it is: in a chain it is last.
+      ``params``, and what it returns must be applied as it is: in a chain it is last,
+      and ``optax.apply_if_finite`` goes around ``tx``.
 
     Raises:
       ValueError: ``bits`` is another number, or there are no ``params``.
@@ -133,6 +135,7 @@ def with_master_weights(
                 )
             )
 
+        jax.tree.map_with_path(_check_is_array, boxes.unbox(params))
         remainder = boxes.box_state(params, init_remainder).remainder
         inner_state = tx.init(jax.tree.map(upcast, params, params))
         return MasterWeightsState(jnp.zeros([], jnp.int32), remainder, inner_state)
@@ -149,8 +152,10 @@ def with_master_weights(
                 "with_master_weights needs the parameters: call update(grads, state, "
                 "params); you are not passing `params`"
             )
-        check_same_leaves("params", params, "updates", updates)
         arrays, remainder = boxes.unbox(params), boxes.unbox(state.remainder)
+        jax.tree.map_with_path(_check_is_array, arrays)
+        check_params(arrays, boxes.unbox(updates))
+        check_same_leaves("params", arrays, "state", remainder)
         jax.tree.map_with_path(functools.partial(_check, bits), arrays, remainder)
         weights = jax.tree.map(join, arrays, remainder)
         gradients = jax.tree.map(upcast, boxes.unbox(updates), arrays)
@@ -222,13 +227,14 @@ def split_weights(
       weights: a tree of arrays. Those that aren't float32 stay as they are.
       bits: as for :func:`with_master_weights`; to 24 and 16 the weights are rounded to
         the nearest.
-      dtype: of the parameters, bfloat16 or float16.
+      dtype: of the parameters, bfloat16 or float16, or its name.
 
     Returns:
       The parameters, and what is ``remainder`` in a :class:`MasterWeightsState`.
 
     Raises:
       ValueError: ``bits`` or ``dtype`` is something else.
+      TypeError: a leaf is no array.
 
     Example:
       A job that trained float32 weights with ``tx`` goes on to the last bit:
@@ -243,23 +249,31 @@ def split_weights(
       >>> updates, state = tx.update(params, state, params)
     """
     _check_bits(bits)
-    if dtype not in (jnp.bfloat16, jnp.float16):
+    if dtype not in (jnp.bfloat16, jnp.float16, "bfloat16", "float16"):
         raise ValueError(f"dtype must be bfloat16 or float16, got {dtype!r}")
-    leaves = jax.tree.leaves(weights)
     half_a_unit = np.uint32(2 ** (32 - bits) // 2)
-    halves = [
-        split(w, dtype if w.dtype == jnp.float32 else w.dtype, bits, half_a_unit)
-        for w in leaves
-    ]
-    params, remainder = ([leaf[i] for leaf in halves] for i in (0, 1))
-    boxed = boxes.box_state(
-        weights, lambda arrays: _Remainder(boxes.box_like(arrays, remainder))
-    )
+    arrays = boxes.unbox(weights)
+    jax.tree.map_with_path(_check_is_array, arrays)
+
+    def halves(w: Any) -> tuple[jax.Array, jax.Array]:
+        of_param = jnp.dtype(dtype) if w.dtype == jnp.float32 else w.dtype
+        return split(upcast(w, w), of_param, bits, half_a_unit)
+
+    def remainder(arrays: optax.Params) -> _Remainder:
+        return _Remainder(jax.tree.map(lambda w: halves(w)[1], arrays))
+
+    params = jax.tree.map(lambda w: halves(w)[0], arrays)
+    boxed = boxes.box_state(weights, remainder)
     return boxes.box_like(weights, params), boxed.remainder
 
 
+def _check_is_array(path: KeyPath, x: Any) -> None:
+    if not (hasattr(x, "dtype") and hasattr(x, "shape")):
+        raise TypeError(f"leaf {path_name(path)!r} is {x!r}, not an array")
+
+
 def _check_bits(bits: Any) -> None:
-    if bits not in REMAINDER:
+    if not is_int(bits) or bits not in REMAINDER:
         raise ValueError(f"bits must be 16, 24 or 32, got {bits!r}")
 
 

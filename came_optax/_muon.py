@@ -61,8 +61,8 @@ def came_muon(
         \theta &\leftarrow \theta - \eta \left(
             0.2 \, X / \operatorname{RMS}(X) + \lambda \theta \right)
 
-    A matrix whose momentum is 0 does not move. One of low rank moves its few directions
-    further than under Muon, as all updates have one size.
+    A matrix whose momentum is 0 moves by its decay alone. One of low rank moves its few
+    directions further than under Muon, as all updates have one size.
 
     With ``mu_dtype="int8"`` hidden matrices and the rest take about 1 byte of state a
     parameter; ``optax.contrib.muon`` takes 4 for hidden matrices and 8 for the rest.

@@ -9,7 +9,8 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-from came_optax._factored_axes import FactoredAxes
+from came_optax._boxes import unbox
+from came_optax._factored_axes import FactoredAxes, is_int
 from came_optax._paths import KeyPath, Shape, path_name
 
 
@@ -41,7 +42,7 @@ class ByMuonDimensionNumbers:
                 raise ValueError(
                     "ByMuonDimensionNumbers of a function needs params, got None"
                 )
-            numbers = numbers(params)
+            numbers = numbers(unbox(params))
         leaves = jax.tree.leaves_with_path(numbers, is_leaf=_is_numbers)
         for path, leaf in leaves:
             if not _is_numbers(leaf):
@@ -58,11 +59,16 @@ class ByMuonDimensionNumbers:
         """See :class:`FactoringRule`."""
         name, ndim = path_name(path), len(shape)
         for prefix, axes in self.numbers:
-            if name == prefix or not prefix or name.startswith(f"{prefix}/"):
+            if is_within(name, prefix):
                 named = [axis % max(ndim, 1) for axis in axes.row + axes.col]
                 stack = tuple(axis for axis in range(ndim) if axis not in named)
                 return dataclasses.replace(axes, stack=stack)
         return None
+
+
+def is_within(name: str, prefix: str) -> bool:
+    """Returns whether a leaf is what a path names, or in a subtree that it names."""
+    return name == prefix or not prefix or name.startswith(f"{prefix}/")
 
 
 def _is_numbers(x: Any) -> bool:
@@ -70,4 +76,4 @@ def _is_numbers(x: Any) -> bool:
 
 
 def _axes(axes: Any) -> tuple[int, ...]:
-    return (axes,) if isinstance(axes, int) else tuple(axes)
+    return (int(axes),) if is_int(axes) else tuple(axes)

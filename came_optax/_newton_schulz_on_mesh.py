@@ -55,12 +55,15 @@ def polar_factors_on_mesh(
     for (size, names, dtype), members in groups.items():
         # Matrices that are sharded as a batch stay on their devices' part of the mesh.
         shape = _number(mesh, names[0]), -1, *size
+        # In float16 what isn't normalised yet could be infinite or 0.
+        sent = jnp.float32 if dtype == jnp.float16 else dtype
         parts = [
-            matrices(leaves[i], places[i]).astype(dtype).reshape(shape) for i in members
+            matrices(leaves[i], places[i]).astype(sent).reshape(shape) for i in members
         ]
         steps = _exchange(mesh, names)
         slots = _number(mesh, steps[-1][2])
-        stacks.append(_Stack(members, jnp.concatenate(parts, axis=1), steps, slots))
+        x = jnp.concatenate(parts, axis=1)
+        stacks.append(_Stack(members, x, dtype, steps, slots))
     _share_rounds(stacks)
     for stack in stacks:
         x = stack.in_rounds()
@@ -73,7 +76,9 @@ def polar_factors_on_mesh(
             guest.x = guest.x[:, :-1]
     for stack in stacks:
         if stack.x.size > 0:
-            stack.x = newton_schulz(stack.x, coeffs, stack.x.dtype)
+            stack.x = newton_schulz(stack.x, coeffs, stack.dtype)
+        else:  # All of it is a guest.
+            stack.x = stack.x.astype(stack.dtype)
     polar = list(leaves)
     for stack in stacks:
         x = stack.x
@@ -102,6 +107,7 @@ class _Stack:
       members: the numbers of the leaves.
       x: (parts, number of matrices, short, long), and when exchanged (parts, rounds,
         slots, short, long).
+      dtype: the iteration's.
       steps: the specs from the leaves' to that.
       slots: matrices in a round, of each part.
       full: matrices in full rounds.
@@ -109,12 +115,20 @@ class _Stack:
       begin: where these are in it.
       free: places after them.
       host: whose last round they are part of.
+      size: (short, long).
+      as_guest: where they are in the host.
     """
 
     def __init__(
-        self, members: list[int], x: jax.Array, steps: list[PartitionSpec], slots: int
+        self,
+        members: list[int],
+        x: jax.Array,
+        dtype: DTypeLike,
+        steps: list[PartitionSpec],
+        slots: int,
     ) -> None:
-        self.members, self.x, self.steps, self.slots = members, x, steps, slots
+        self.members, self.x, self.dtype = members, x, dtype
+        self.steps, self.slots = steps, slots
         self.over = x.shape[1] % slots
         self.full, self.begin = x.shape[1] - self.over, 0
         self.free = -x.shape[1] % slots
@@ -125,7 +139,7 @@ class _Stack:
 
     def fits(self, host: "_Stack") -> bool:
         """Returns whether the last round's matrices have a place in the host's."""
-        alike = [(s.x.dtype, s.slots, s.steps[-1]) for s in (self, host)]
+        alike = [(s.dtype, s.slots, s.steps[-1]) for s in (self, host)]
         smaller = all(n <= m for n, m in zip(self.size, host.size, strict=True))
         return alike[0] == alike[1] and smaller and 0 < self.over <= host.free
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from came_optax._arrays import wide_dtype
@@ -29,7 +28,7 @@ from came_optax._momentum import BY_NAME
 from came_optax._newton_schulz import Coefficients, polar_factors
 from came_optax._newton_schulz_on_mesh import polar_factors_on_mesh
 from came_optax._paths import KeyPath, path_name
-from came_optax._sharding import is_sharding
+from came_optax._placement import by_path, check_shardings, on_auto_axes, placement
 from came_optax._unmatched import warn_of_unmatched
 from came_optax._warning import warn
 
@@ -75,8 +74,10 @@ def orthogonalize(
     So attention kernels ``(d, heads, head_dim)``, stacked layers, experts and
     convolutions need no more than the rule that CAME's statistics have.
 
-    Nothing is added to the norm: a matrix of any magnitude that float32 can hold comes
-    out the same, one of zeros as zeros, and one with a NaN or an infinity as NaN.
+    Nothing is added to the norm: a matrix of any magnitude that is a normal float32
+    comes out the same, one of zeros or of subnormal numbers as zeros, and one with a
+    NaN or an infinity as NaN. Inside ``jax.shard_map`` each shard is a matrix of its
+    own.
 
     Args:
       factoring: which axes of each leaf are rows (inputs) and columns (outputs). A leaf
@@ -104,8 +105,9 @@ def orthogonalize(
       A transformation without state, whose updates have the dtype that it is given.
 
     Raises:
-      ValueError: an argument is out of range, or a leaf is no matrix.
-      TypeError: integer leaves.
+      ValueError: an argument is out of range, a leaf is no matrix, or
+        ``params_sharding`` does not fit the parameters.
+      TypeError: integer leaves, or a sharding of another kind.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -128,14 +130,14 @@ def orthogonalize(
     check_threshold("consistent_rms", consistent_rms)
     _check_dtype(dtype)
 
-    sharding = dict(
-        jax.tree.leaves_with_path(unbox(params_sharding), is_leaf=is_sharding)
-    )
+    shardings = by_path(params_sharding)
 
     def init_fn(params: optax.Params) -> optax.EmptyState:
         jax.tree.map_with_path(matrix_axes, unbox(params))
         warn_of_unmatched(factoring, unbox(params))
-        if params_sharding is None and any(map(_on_auto_axes, jax.tree.leaves(params))):
+        if params_sharding is not None:
+            check_shardings(shardings, unbox(params))
+        elif any(map(on_auto_axes, jax.tree.leaves(params))):
             warn(
                 "the parameters are on a mesh of Auto axes, and params_sharding isn't "
                 "given: each device orthogonalizes all matrices, or exchanges "
@@ -158,7 +160,7 @@ def orthogonalize(
         if not leaves:
             return updates, state
         axes = list(map(matrix_axes, paths, leaves))
-        polar = polar_factors_of(leaves, axes, *_placement(paths, leaves, sharding))
+        polar = polar_factors_of(leaves, axes, *placement(paths, leaves, shardings))
         new = [
             (y * jnp.asarray(scale(y.shape, leaf_axes), y.dtype)).astype(x.dtype)
             for x, y, leaf_axes in zip(leaves, polar, axes, strict=True)
@@ -229,15 +231,6 @@ def _check_dtype(dtype: Any) -> None:
         )
 
 
-def _on_auto_axes(x: Any) -> bool:
-    """Returns whether a parameter is on devices of which its type doesn't tell."""
-    mesh: Any = jax.sharding.get_abstract_mesh()
-    if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
-        mesh = getattr(x.sharding, "mesh", mesh)
-    kinds = zip(mesh.shape.values(), mesh.axis_types, strict=True)
-    return any(size > 1 and kind == AxisType.Auto for size, kind in kinds)
-
-
 def _iteration_dtype(x: jax.Array, given: DTypeLike | None, default: DTypeLike) -> Any:
     """Returns the dtype that a leaf's matrices are iterated in."""
     wide = wide_dtype(x.dtype)
@@ -248,53 +241,21 @@ def _iteration_dtype(x: jax.Array, given: DTypeLike | None, default: DTypeLike) 
     return default if wide == jnp.float32 else wide
 
 
-def _placement(
-    paths: list[KeyPath], leaves: list[jax.Array], given: Mapping[KeyPath, Any]
-) -> tuple[Any, list[PartitionSpec]]:
-    """Returns the mesh to share the work on, or None, and the leaves' specs.
-
-    On Explicit axes the leaves' types tell; on Auto ones nothing does within jit.
-    """
-    mesh: Any = jax.sharding.get_abstract_mesh()
-    types: list[Any] = [jax.typeof(x).sharding for x in leaves]
-    if mesh.empty:
-        mesh = next((t.mesh for t in types if not t.mesh.empty), mesh)
-    if mesh.explicit_axes:
-        return mesh, [t.spec for t in types]
-    if not given:
-        return None, []
-    shardings = []
-    for path in paths:
-        prefixes = (path[:i] for i in range(len(path), -1, -1))
-        sharding = next((given[p] for p in prefixes if p in given), None)
-        if sharding is None:
-            raise ValueError(
-                f"params_sharding has nothing for leaf {path_name(path)!r}"
-            )
-        shardings.append(sharding)
-    meshes = [s.mesh for s in shardings if isinstance(s, NamedSharding)]
-    if mesh.empty and not meshes:
-        raise ValueError(
-            "params_sharding of PartitionSpecs needs a mesh: enter one with "
-            "jax.set_mesh(mesh), or give NamedShardings"
-        )
-    mesh = meshes[0] if mesh.empty else mesh
-    if mesh.size == 1 or AxisType.Manual in mesh.axis_types:  # In shard_map.
-        return None, []
-    return mesh, [getattr(s, "spec", s) for s in shardings]
-
-
 def _checked_coeffs(ns_coeffs: Any) -> Coefficients:
     """Returns the iteration's coefficients, one triple a step."""
     if isinstance(ns_coeffs, str) and ns_coeffs in _PRESETS:
         return _PRESETS[ns_coeffs]
-    given = np.asarray(ns_coeffs)
+    given: Any = np.zeros(0)
+    with contextlib.suppress(TypeError, ValueError):  # Ragged, or traced.
+        given = np.asarray(ns_coeffs)
     if given.shape == (3,):
         given = np.tile(given, (5, 1))
-    if given.dtype.kind not in "fi" or given.ndim != 2 or given.shape[1] != 3:
+    numbers = given.dtype.kind in "fi" and np.isfinite(given).all()
+    if not numbers or given.ndim != 2 or given.shape[1] != 3 or not given.size:
+        hint = " (optax.inject_hyperparams traces arrays: give tuples)"
         raise ValueError(
             f"ns_coeffs must be {' or '.join(map(repr, _PRESETS))}, a triple of "
-            "numbers, or a sequence of triples, one for each step, got "
-            f"{ns_coeffs!r}"
+            "finite numbers, or a sequence of triples, one for each step, got "
+            f"{ns_coeffs!r}{hint if isinstance(ns_coeffs, jax.Array) else ''}"
         )
     return tuple((float(a), float(b), float(c)) for a, b, c in given)

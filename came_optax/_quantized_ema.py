@@ -52,7 +52,9 @@ def quantized_ema(
     Args:
       decay: decay rate :math:`\beta`; 0 ≤ decay < 1.
       nesterov: look one step ahead.
-      debias: divide m by :math:`1 - \beta^t`, for its start at zero.
+      debias: correct for the average's start at zero: divide m by
+        :math:`1 - \beta^t`; with Nesterov momentum the update is
+        :math:`\beta m / (1 - \beta^{t+1}) + (1 - \beta) u / (1 - \beta^t)`.
       mu_dtype: how the average is stored: None or float32 (float64 for float64
         parameters), bfloat16 (for a decay of up to 0.996), int8 or int4, as a dtype or
         its name.

@@ -1,5 +1,6 @@
 """Where an optimizer's state lives on a mesh."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from came_optax._boxes import unbox
+from came_optax._checks import broadcast
 from came_optax._kept_axes import trace_init, trimmed
 from came_optax._paths import KeyPath, owner, path_name
 
@@ -33,7 +35,8 @@ def state_sharding(
       tx: the optimizer.
       params: the parameters, as arrays or as ``jax.ShapeDtypeStruct``.
       params_sharding: a ``NamedSharding`` or a ``PartitionSpec`` for each parameter;
-        one may stand for a whole subtree, as in ``jax.jit``'s ``in_shardings``.
+        one may stand for a whole subtree, as in ``jax.jit``'s ``in_shardings``. None is
+        no sharding: ``PartitionSpec()`` is that of what is replicated.
 
     Returns:
       A tree structured like ``tx.init(params)`` of the same kind of shardings. A
@@ -61,14 +64,9 @@ def state_sharding(
           shardings = state_sharding(tx, params, params_sharding)
           state = jax.jit(tx.init, out_shardings=shardings)(params)
     """
-    shardings = jax.tree.broadcast(params_sharding, params, is_leaf=is_sharding)
-    jax.tree.map_with_path(_check_sharding, unbox(params), unbox(shardings))
-    kinds = {type(s) for s in jax.tree.leaves(shardings)}
-    meshes = {s.mesh for s in jax.tree.leaves(shardings) if hasattr(s, "mesh")}
-    if len(kinds) > 1:
-        raise TypeError("params_sharding mixes NamedSharding and PartitionSpec leaves")
-    if len(meshes) > 1:
-        raise ValueError(f"params_sharding names {len(meshes)} meshes, allowed is one")
+    shardings = broadcast("params_sharding", params_sharding, params, is_sharding)
+    jax.tree.map_with_path(check_sharding, unbox(params), unbox(shardings))
+    meshes = checked_meshes(jax.tree.leaves(shardings))
     specs = jax.tree.map(lambda s: getattr(s, "spec", s), shardings)
     state, state_specs = trace_init(tx.init, params, specs)
     if not meshes:
@@ -115,7 +113,22 @@ def is_sharding(x: Any) -> bool:
     return isinstance(x, NamedSharding | PartitionSpec)
 
 
-def _check_sharding(path: KeyPath, p: Any, sharding: Any) -> None:
+def checked_meshes(shardings: Sequence[Any]) -> set[Any]:
+    """Returns the mesh of shardings, or nothing if they are specs.
+
+    Raises:
+      TypeError: there are both kinds.
+      ValueError: they are on several meshes.
+    """
+    if len(set(map(type, shardings))) > 1:
+        raise TypeError("params_sharding mixes NamedSharding and PartitionSpec leaves")
+    meshes = {s.mesh for s in shardings if hasattr(s, "mesh")}
+    if len(meshes) > 1:
+        raise ValueError(f"params_sharding names {len(meshes)} meshes, allowed is one")
+    return meshes
+
+
+def check_sharding(path: KeyPath, p: Any, sharding: Any) -> None:
     """Raises unless ``sharding`` is of a kind, and a rank, that fits a parameter."""
     if not is_sharding(sharding):
         raise TypeError(

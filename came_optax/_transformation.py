@@ -18,6 +18,7 @@ from came_optax import _leaf as leaf
 from came_optax import _momentum as momentum
 from came_optax._algorithm import Hyperparameters
 from came_optax._checks import (
+    check_count,
     check_inexact,
     check_params,
     check_same_leaves,
@@ -99,6 +100,7 @@ class LeafTransform(NamedTuple):
         for tree in trees.values():
             check_same_leaves("updates", updates, "state", tree, momentum.is_codes)
         columns = [treedef.flatten_up_to(tree) for tree in trees.values()]
+        check_count(state.count, self.made_by)
         count: jax.Array = jnp.asarray(optax.safe_increment(state.count))
 
         @functools.cache
@@ -163,6 +165,7 @@ def transformation(
         check_inexact("updates", gradients)
         own, rest_state = _split(transform, state, len(then))
         if params is not None:
+            check_inexact("params", like)
             check_params(like, gradients)
         rounds_to_params = transform.to_params_dtype and params is not None
         new, own_arrays = transform.update(gradients, boxes.unbox(own))

@@ -7,7 +7,8 @@ import warnings
 import jax
 import optax
 
-_INSIDE = (os.path.dirname(__file__), *jax.__path__, *optax.__path__)
+_PACKAGES = (os.path.dirname(__file__), *jax.__path__, *optax.__path__)
+_INSIDE = tuple(os.path.join(path, "") for path in _PACKAGES)
 
 
 def warn(message: str) -> None:

@@ -313,6 +313,14 @@ def test_injected_hyperparams_give_the_plain_updates(options):
         chex.assert_trees_all_close(updates, same, rtol=1e-3, atol=1e-6)
 
 
+def test_injected_coefficients_are_refused_by_name():
+    params = normal_tree(SHAPES)
+    tx = optax.inject_hyperparams(came_muon)(1e-2, ns_coeffs=np.ones(3))
+    state = tx.init(params)
+    with pytest.raises(ValueError, match=r"ns_coeffs must be .*traces arrays: give tu"):
+        jax.eval_shape(tx.update, params, state, params)
+
+
 @pytest.mark.slow
 def test_inside_chain_and_partition():
     params, tx = normal_tree(SHAPES), came_muon(1e-2, weight_decay=0.1)

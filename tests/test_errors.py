@@ -16,6 +16,7 @@ from came_optax import (
     LastTwoAxes,
     came,
     came_muon,
+    quantized_ema,
     scale_by_came,
     scale_by_confidence,
     scale_by_factored_moment,
@@ -47,6 +48,9 @@ SCHEDULE = optax.constant_schedule(0.9)
             ValueError,
             r"must be a scalar, got shape \(2,\)",
         ),
+        ("b1", np.array(2.0), ValueError, ">= 0 and < 1 .*got .*2.0"),
+        ("b1", np.complex64(0.5), TypeError, NUMBER),
+        ("weight_decay", 10**400, ValueError, ">= 0 and < inf .*got 1000"),
         ("b1", jnp.array(0.9 + 0j), TypeError, "must be a real number.*complex64"),
         ("b2", jnp.bfloat16(0.999), ValueError, "bfloat16.*float32 and wider"),
         ("b2", ml_dtypes.bfloat16(0.999), ValueError, "< 1 .*got 1.0"),
@@ -255,6 +259,14 @@ CAME = came(1e-3)
 def test_states_of_other_optimizers(tx, state, error, message):
     with pytest.raises(error, match=message):
         tx.update(PARAMS, state, PARAMS)
+
+
+@pytest.mark.parametrize("count", [jnp.zeros(3, jnp.int32), jnp.float32(3)])
+@pytest.mark.parametrize("tx", [scale_by_came(), quantized_ema(0.9, debias=True)])
+def test_a_count_that_is_none_is_refused(tx, count):
+    state = tx.init(PARAMS)._replace(count=count)
+    with pytest.raises(TypeError, match=r"^count in the state of .* must be an int"):
+        tx.update(PARAMS, state)
 
 
 def test_sixteen_bit_hyperparams_are_refused():

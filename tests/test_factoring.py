@@ -1,5 +1,6 @@
 """The factoring rules: which axes, and hence which statistics, a leaf gets."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -197,6 +198,17 @@ def test_dimension_numbers_are_a_rule():
     assert prefix.axes(path("ab"), (2, 3, 4)) is None
     all_leaves = ByMuonDimensionNumbers(MuonDimensionNumbers())
     assert all_leaves.axes(path("a", "w"), (3, 4)) == FactoredAxes((0,), (1,))
+
+
+def test_dimension_numbers_are_of_boxed_parameters_too():
+    boxed = {"w": nn.Partitioned(jnp.zeros((2, 3, 4)), (None,) * 3)}
+
+    def numbers(params):
+        axes = MuonDimensionNumbers(np.int64(0), np.array([1, 2]))
+        return jax.tree.map(lambda _: axes, params)
+
+    rule = ByMuonDimensionNumbers(numbers, boxed)
+    assert rule.axes(path("w"), (2, 3, 4)) == FactoredAxes((0,), (1, 2))
 
 
 def path(*keys):

@@ -262,3 +262,24 @@ def test_errors_name_what_is_wrong():
         tx().update(params, state, cast)
     with pytest.raises(KeyError, match="with_master_weights"):
         master_weights(params, optax.EmptyState())
+    for bits in 24.0, [24], True:
+        with pytest.raises(ValueError, match="bits must be 16, 24 or 32"):
+            tx(bits)
+    with pytest.raises(TypeError, match=r"leaf 'w' is 1\.0, not an array"):
+        tx().init({"w": 1.0})
+    with pytest.raises(TypeError, match=r"leaf 'w' is 1\.0, not an array"):
+        split_weights({"w": 1.0})
+    with pytest.raises(ValueError, match=r"'w' has shape \(3,\) in the params and \("):
+        tx().update({"w": params["w"][:1]}, state, params)
+    other = {"v": params["w"]}
+    with pytest.raises(ValueError, match="'v' is in the params but not in the state"):
+        tx().update(other, state, other)
+
+
+def test_dtypes_may_be_named():
+    weights = {"w": jnp.full(3, 0.3)}
+    for params, remainder in (
+        split_weights(weights, dtype=dtype) for dtype in (jnp.float16, "float16")
+    ):
+        assert params["w"].dtype == jnp.float16
+        assert remainder["w"].shape == (3,)

@@ -109,6 +109,8 @@ def test_names_of_boxed_parameters_are_those_that_rules_see(boxes):
             jax.eval_shape(fails, integers)
     with pytest.raises(ValueError, match="params_sharding at 'bias' is"):
         state_sharding(tx, params, PartitionSpec(None, "x", "y"))
+    with pytest.raises(ValueError, match="params_sharding does not fit the parameters"):
+        state_sharding(tx, params, {"kernel": PartitionSpec(), "bias": None})
 
 
 def test_prints_an_aligned_table():

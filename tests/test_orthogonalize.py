@@ -228,6 +228,9 @@ def test_empty_leaves_pass():
     [
         ({"ns_coeffs": "quintic"}, "ns_coeffs must be 'standard' or 'polar_express'"),
         ({"ns_coeffs": (1.0, 2.0)}, "ns_coeffs must be .* triples"),
+        ({"ns_coeffs": ((1.0, 2.0, 3.0), (1.0,))}, "ns_coeffs must be .* triples"),
+        ({"ns_coeffs": np.zeros((0, 3))}, "ns_coeffs must be .* triples"),
+        ({"ns_coeffs": (1.0, np.nan, 3.0)}, "ns_coeffs must be .* finite"),
         ({"consistent_rms": 0.0}, "consistent_rms must be > 0"),
         ({"dtype": "int8"}, "dtype must be a real floating dtype"),
     ],

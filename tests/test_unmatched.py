@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from optax.contrib import MuonDimensionNumbers
 
 from came_optax import (
     BalancedSplit,
+    ByMuonDimensionNumbers,
     ByPath,
     FactoredAxes,
     Stacked,
@@ -27,6 +29,9 @@ MISSPELT = {
     "a key": ByPath({"layers/": Stacked(), "upp": FactoredAxes()}),
     "one within": Stacked(ByPath({"layers/down": BalancedSplit()}), where="layers/"),
     "the default": ByPath({}, default=Stacked(where="block")),
+    "numbers": ByMuonDimensionNumbers(
+        {"layers": MuonDimensionNumbers(1, 2), "embedding": MuonDimensionNumbers()}
+    ),
 }
 
 

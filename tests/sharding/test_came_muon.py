@@ -90,6 +90,17 @@ def test_a_mesh_gives_the_polar_factors_of_one_device(kind, auto_mesh, explicit_
     )
 
 
+@pytest.mark.parametrize("magnitude", [1e-8, 1e6])
+def test_matrices_of_any_magnitude_are_exchanged(auto_mesh, magnitude):
+    """Float16 could hold none of these."""
+    leaves = make_leaves(auto_mesh(fsdp=4, tensor=2), ["up", "square"])
+    tx = orthogonalize(dtype="float16", params_sharding=shardings_of(leaves))
+    update = jax.jit(lambda x: tx.update(x, tx.init(x))[0])
+    result = update(jax.tree.map(lambda x: magnitude * x, leaves))
+    chex.assert_trees_all_close(result, update(leaves), rtol=0.01, atol=0.01)
+    assert all(0.1 < jnp.sqrt(jnp.mean(x**2)) < 0.3 for x in result.values())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 def test_came_muon_on_a_mesh_is_that_of_one_device(kind, auto_mesh, explicit_mesh):

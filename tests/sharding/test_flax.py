@@ -17,6 +17,7 @@ from came_optax import (
     Stacked,
     came,
     master_weights,
+    split_weights,
     state_sharding,
     with_master_weights,
 )
@@ -224,6 +225,16 @@ def test_linen_boxes_of_remainders():
     assert state.remainder["wide"].names == (None,)
     new_state = check_update(NARROW, params, state)
     assert master_weights(params, new_state)["narrow"].names == ("fsdp", "tensor")
+
+
+def test_linen_boxes_of_split_weights():
+    """A job that goes on with them has a state of its optimizer."""
+    weights = {"w": boxes(), "narrow": boxes(jnp.bfloat16)}
+    params, remainder = split_weights(weights, bits=32)
+    state = NARROW.init(params)
+    assert remainder["w"].names == ("fsdp", "tensor")
+    assert jax.tree.structure(remainder) == jax.tree.structure(state.remainder)
+    check_update(NARROW, params, state._replace(remainder=remainder))
 
 
 def test_half_masked_boxes():

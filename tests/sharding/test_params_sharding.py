@@ -34,19 +34,37 @@ def test_on_auto_axes_init_warns_that_it_has_to_be_told(auto_mesh, explicit_mesh
     came_muon(1e-2).init(on(explicit_mesh(fsdp=8))[0])
 
 
+GRADS = {"up": jnp.ones((16, 32)), "down": jnp.ones((32, 16))}
+
+
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("given", "error", "message"),
     [
-        ({"up": P("fsdp")}, "params_sharding has nothing for leaf 'down'"),
-        (
-            P("fsdp"),
-            r"PartitionSpecs needs a mesh: enter one with jax.set_mesh\(mesh\)",
-        ),
+        ({"up": P("fsdp")}, ValueError, "has nothing for leaf 'down'"),
+        ({"up": P(), "down": None}, ValueError, "has nothing for leaf 'down'"),
+        ({"up": P(), "down": "fsdp"}, TypeError, "at 'down' is 'fsdp'; allowed are"),
+        (P("fsdp", None, None), ValueError, r"at 'down' is .* shape \(32, 16\)"),
     ],
 )
-def test_too_little_is_refused(given, message):
-    grads = {"up": jnp.ones((16, 32)), "down": jnp.ones((32, 16))}
-    tx = orthogonalize(params_sharding=given)
-    state = tx.init(grads)
+@pytest.mark.parametrize("make", [orthogonalize, functools.partial(came_muon, 1e-2)])
+def test_shardings_that_do_not_fit_are_refused(make, given, error, message):
+    with pytest.raises(error, match=f"params_sharding .*{message}"):
+        make(params_sharding=given).init(GRADS)
+
+
+def test_shardings_on_two_meshes_are_refused(auto_mesh):
+    meshes = auto_mesh(fsdp=8), auto_mesh(fsdp=4, tensor=2)
+    given = {
+        name: NamedSharding(mesh, P("fsdp"))
+        for name, mesh in zip(GRADS, meshes, strict=True)
+    }
+    with pytest.raises(ValueError, match="params_sharding names 2 meshes"):
+        orthogonalize(params_sharding=given).init(GRADS)
+
+
+def test_specs_without_a_mesh_are_refused():
+    tx = orthogonalize(params_sharding=P("fsdp"))
+    state = tx.init(GRADS)
+    message = r"PartitionSpecs needs a mesh: enter one with jax.set_mesh\(mesh\)"
     with pytest.raises(ValueError, match=message):
-        tx.update(grads, state)
+        tx.update(GRADS, state)
