@@ -11,7 +11,7 @@ import optax
 from jax.typing import ArrayLike
 
 from came_optax._algorithm import Hyperparameters
-from came_optax._checks import check_scalar
+from came_optax._checks import check_learning_rate, check_scalar
 from came_optax._factored_axes import FactoringRule
 from came_optax._factoring import LastTwoAxes
 from came_optax._momentum import MuDtype
@@ -140,8 +140,7 @@ def came(
         mu_dtype,
     )
     check_scalar("weight_decay", weight_decay, at_least=0, below=math.inf)
-    if not callable(learning_rate):
-        check_scalar("learning_rate", learning_rate, at_least=0, below=math.inf)
+    check_learning_rate(learning_rate)
     return transformation(
         transform,
         add_decayed_weights(weight_decay, weight_decay_mask),

@@ -1,5 +1,7 @@
 """Errors that name the argument or the leaf, the value given and what is allowed."""
 
+import contextlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -64,6 +66,12 @@ def check_scalar(
         raise ValueError(f"{name} must be {allowed} (in float32), got {value!r}")
 
 
+def check_learning_rate(learning_rate: Any) -> None:
+    """Raises unless it is a schedule or a number ≥ 0."""
+    if not callable(learning_rate):
+        check_scalar("learning_rate", learning_rate, at_least=0, below=np.inf)
+
+
 def check_decay(name: str, value: Any) -> None:
     """Raises unless ``value`` is a decay rate of an exponential moving average."""
     check_scalar(name, value, at_least=0, below=1)
@@ -84,6 +92,36 @@ def check_flag(name: str, value: Any) -> None:
     """Raises unless ``value`` is a Python bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_regex(name: str, pattern: Any) -> None:
+    """Raises unless ``pattern`` is a regular expression."""
+    must_be = f"{name} must be a regular expression, got {pattern!r}"
+    if not isinstance(pattern, str):
+        raise ValueError(must_be)
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{must_be}: {error}") from error
+
+
+def is_int(value: Any) -> bool:
+    """Returns whether ``value`` is a Python or NumPy int, and no bool."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def as_dtype(dtype: Any) -> Any:
+    """Returns a dtype, given as such or by its name; None of what is no dtype."""
+    if not isinstance(dtype, jax.Array):
+        with contextlib.suppress(TypeError):
+            return jnp.dtype(dtype)
+    return None
+
+
+def call_hint(dtype: Any) -> str:
+    """Returns what to add to an error about a dtype that was called."""
+    by_name = " (optax.inject_hyperparams calls a dtype: give its name)"
+    return by_name if isinstance(dtype, jax.Array) else ""
 
 
 def checked_mask(name: str, mask: Any, params: Any) -> Any:

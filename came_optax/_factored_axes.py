@@ -6,8 +6,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from came_optax._checks import is_int
 from came_optax._paths import KeyPath, Shape, path_name
 
 
@@ -55,10 +55,6 @@ class FactoringRule(Protocol):
         Returns:
           The factored axes, or None to keep the full second moment.
         """
-
-
-def is_int(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def checked_axes(rule: FactoringRule, path: KeyPath, shape: Shape) -> FactoredAxes:

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from came_optax._checks import check_regex, is_int
 from came_optax._factored_axes import (
     FactoredAxes,
     FactoringRule,
     check_rule,
     checked_axes,
-    is_int,
 )
 from came_optax._paths import KeyPath, Shape, path_name
 
@@ -161,7 +161,7 @@ class Stacked:
     def __post_init__(self) -> None:
         if not is_int(self.axis):
             raise TypeError(f"Stacked(axis=...) must be an int, got {self.axis!r}")
-        check_regex(self.where, "Stacked(where=...)")
+        check_regex("Stacked(where=...)", self.where)
         check_rule(self.rule, "Stacked(rule=...)")
         _set(self, axis=int(self.axis))
 
@@ -226,7 +226,7 @@ class ByPath:
             ) from error
         pairs: list[tuple[str, FactoringRule | FactoredAxes]] = []
         for pattern, rule in given.items():
-            check_regex(pattern, "ByPath(rules=...): each key")
+            check_regex("ByPath(rules=...): each key", pattern)
             name = f"ByPath(rules=...) at {pattern!r}"
             if isinstance(rule, FactoredAxes):
                 pairs.append((pattern, _plain(rule, name)))
@@ -258,13 +258,3 @@ def _plain(axes: FactoredAxes, name: str) -> FactoredAxes:
             f"{name}: row, col and stack must be tuples of ints, got {axes}"
         )
     return FactoredAxes(*(tuple(map(int, some)) for some in fields))
-
-
-def check_regex(pattern: Any, name: str) -> None:
-    must_be = f"{name} must be a regular expression, got {pattern!r}"
-    if not isinstance(pattern, str):
-        raise ValueError(must_be)
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{must_be}: {error}") from error

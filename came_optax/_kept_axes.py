@@ -5,11 +5,13 @@ means, transposes and all else that an ``init`` may do. So a parameter's axes ar
 names as if they were mesh axes, and the state's arrays are asked for theirs.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+from came_optax._specs import mesh_axes, trimmed
 
 
 def kept_axes(init: Callable[[Any], Any], params: Any) -> tuple[Any, Any]:
@@ -37,8 +39,7 @@ def trace_init(init: Callable[[Any], Any], params: Any, specs: Any) -> tuple[Any
         name: None  # A dict, to keep the order.
         for spec in jax.tree.leaves(specs)
         for entry in spec
-        for name in (entry if isinstance(entry, tuple) else (entry,))
-        if name is not None
+        for name in mesh_axes(entry)
     }
     mesh = AbstractMesh(
         (1,) * len(names), tuple(names), axis_types=(AxisType.Explicit,) * len(names)
@@ -53,14 +54,6 @@ def trace_init(init: Callable[[Any], Any], params: Any, specs: Any) -> tuple[Any
     with jax.sharding.use_abstract_mesh(no_mesh), jax.sharding.use_abstract_mesh(mesh):
         state = jax.eval_shape(init, jax.tree.map(with_spec, params, specs))
     return state, jax.tree.map(_spec_of, state)
-
-
-def trimmed(entries: Iterable[Any]) -> PartitionSpec:
-    """Returns a spec without trailing None, as users write it."""
-    kept = list(entries)
-    while kept and kept[-1] is None:
-        kept.pop()
-    return PartitionSpec(*kept)
 
 
 def _spec_of(x: jax.ShapeDtypeStruct) -> PartitionSpec:

@@ -54,50 +54,29 @@ def arithmetic_dtype(leaf: Leaf) -> Any:
     return jnp.float64 if is_wide else jnp.float32
 
 
+def upcast(g: Any, dtype: Any) -> jax.Array:
+    """Returns a gradient, real or complex, in arithmetic of a real dtype."""
+    if jnp.iscomplexobj(g):
+        dtype = jnp.complex128 if dtype == jnp.float64 else jnp.complex64
+    return jnp.asarray(g).astype(dtype)
+
+
 def check(
-    path: KeyPath, g: Any, leaf: Leaf, axes: FactoredAxes, mu_dtype: str, dtype: Any
+    path: KeyPath, g: jax.Array, leaf: Leaf, axes: FactoredAxes, mu_dtype: str
 ) -> None:
-    """Raises unless ``init`` makes such arrays for a leaf of that arithmetic.
+    """Raises unless ``init`` makes such arrays for a gradient that was upcast.
 
     Raises:
       TypeError: not of such dtypes.
       ValueError: not of such shapes.
     """
-    like = jax.ShapeDtypeStruct(g.shape, jnp.result_type(_upcast_dtype(g, dtype)))
     means = _means(axes)
     for name, x in leaf._asdict().items():
         if name == "mu" and x is not None:
-            momentum.check(path, x, like, axes, mu_dtype)
+            momentum.check(path, x, g, axes, mu_dtype)
         elif x is not None:
             shape, dtypes = kept_shape(g.shape, means[name]), (jnp.float32, jnp.float64)
-            check_array(name, path, x, shape, dtypes, like, "this factoring")
-
-
-def update(
-    g: Any,
-    leaf: Leaf,
-    h: Hyperparameters,
-    seen: Seen | None,
-    count: jax.Array,
-    axes: FactoredAxes,
-    dtype: Any,
-    token: jax.Array,
-) -> tuple[jax.Array, Leaf]:
-    """Returns one leaf's update, in the dtype of the arithmetic, and its new arrays.
-
-    ``token`` is the :func:`next_token` of the leaf before.
-    """
-    new: tuple[jax.Array, Leaf] = _update(
-        jnp.asarray(g).astype(_upcast_dtype(g, dtype)),
-        leaf,
-        h,
-        seen,
-        count,
-        token,
-        axes=axes,
-        by_platform=tuple(schedules.BY_PLATFORM.items()),
-    )
-    return new
+            check_array(name, path, x, shape, dtypes, g, "this factoring")
 
 
 def next_token(leaf: Leaf, token: jax.Array) -> jax.Array:
@@ -122,17 +101,10 @@ def cast_hyperparameters(h: Hyperparameters, dtype: Any) -> Hyperparameters:
     return cast
 
 
-def _upcast_dtype(g: Any, dtype: Any) -> Any:
-    """Returns the dtype of a gradient in arithmetic of a real dtype."""
-    if not jnp.iscomplexobj(g):
-        return dtype
-    return jnp.complex128 if dtype == jnp.float64 else jnp.complex64
-
-
 # Inlined, as XLA:GPU fuses what was a call differently, and moves more memory. Traced
 # once for each shape, and for other schedules anew.
 @functools.partial(jax.jit, static_argnames=("axes", "by_platform"), inline=True)
-def _update(
+def update(
     g: jax.Array,
     leaf: Leaf,
     h: Hyperparameters,
@@ -143,7 +115,18 @@ def _update(
     axes: FactoredAxes,
     by_platform: Any,
 ) -> tuple[jax.Array, Leaf]:
-    """Updates a leaf by the schedule of whatever platform runs it."""
+    """Returns a leaf's update and new arrays, by the schedule of whoever runs it.
+
+    Args:
+      g: the gradient, upcast.
+      leaf: the arrays.
+      h: hyperparameters in the dtype of the arithmetic.
+      seen: what averages have seen, for bias correction.
+      count: number of updates with this one.
+      token: the :func:`next_token` of the leaf before.
+      axes: the leaf's.
+      by_platform: pairs of a platform and its schedule.
+    """
 
     def by(schedule: schedules.Schedule) -> Any:
         return functools.partial(_by_schedule, schedule, axes=axes)

@@ -13,8 +13,7 @@ from jax.typing import ArrayLike
 
 from came_optax import _boxes as boxes
 from came_optax._arrays import check_array
-from came_optax._checks import check_params, check_same_leaves, check_state
-from came_optax._factored_axes import is_int
+from came_optax._checks import check_params, check_same_leaves, check_state, is_int
 from came_optax._paths import KeyPath, path_name
 from came_optax._weight_bits import (
     DOWN,

@@ -1,6 +1,5 @@
 """How the first moment is stored between steps: as an array, or as codes."""
 
-import contextlib
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -8,8 +7,9 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from came_optax import _codes
+from came_optax import _codes, _packing
 from came_optax._arrays import check_array, kept_shape, real_dtype, wide_dtype, zeros
+from came_optax._checks import as_dtype, call_hint
 from came_optax._codes import Codes
 from came_optax._factored_axes import FactoredAxes
 from came_optax._paths import KeyPath, path_name
@@ -34,26 +34,19 @@ _BITS = {"int8": 8, "int4": 4}
 _MIN_CODED_SIZE = 4096
 
 
-BY_NAME = " (optax.inject_hyperparams calls a dtype: give its name)"
-
-
 def dtype_name(mu_dtype: Any) -> str:
     """Returns the name of a dtype that momentum can be stored as; None is float32.
 
     Raises:
       ValueError: it can't.
     """
-    is_array, name = isinstance(mu_dtype, jax.Array), None
-    if mu_dtype is None:
-        name = "float32"
-    elif not is_array:
-        with contextlib.suppress(TypeError):
-            name = jnp.dtype(mu_dtype).name
+    dtype = None if mu_dtype is None else as_dtype(mu_dtype)
+    name = "float32" if mu_dtype is None else dtype and dtype.name
     if name not in _DTYPES:
         allowed = ", ".join(map(repr, _DTYPES))
-        hint = BY_NAME if is_array else ""
         raise ValueError(
-            f"mu_dtype must be one of {allowed} or None, got {mu_dtype!r}{hint}"
+            f"mu_dtype must be one of {allowed} or None, got {mu_dtype!r}"
+            f"{call_hint(mu_dtype)}"
         )
     return name
 
@@ -68,7 +61,7 @@ def init(p: Any, axes: FactoredAxes, mu_dtype: str) -> Stored:
         return jnp.zeros_like(p, dtype=_array_dtype(p, mu_dtype))
     values = jnp.zeros_like(p, dtype=jnp.int8)
     if mu_dtype == "int4":
-        packed = jax.eval_shape(_codes.pack, values)
+        packed = jax.eval_shape(_packing.pack, values)
         values = jnp.zeros(packed.shape, packed.dtype, device=packed.sharding)
     over_col, over_row = _codes.reductions(axes, p.ndim)
     return Codes(values, zeros(p, over_col), zeros(p, over_row))
@@ -98,7 +91,7 @@ def check(
         )
     shape, dtype = like.shape, jnp.int8
     if mu_dtype == "int4":
-        shape, dtype = _codes.packed_shape(shape), jnp.uint8
+        shape, dtype = _packing.packed_shape(shape), jnp.uint8
     check_array("mu.values", path, stored.values, shape, dtype, like, why)
     for name, reduced in zip(
         ("row_scale", "col_scale"), _codes.reductions(axes, like.ndim), strict=True
@@ -118,7 +111,7 @@ def has_codes(p: Any, axes: FactoredAxes, mu_dtype: str) -> bool:
         math.prod(kept_shape(p.shape, reduced))
         for reduced in _codes.reductions(axes, len(p.shape))
     )
-    values = p.shape if mu_dtype == "int8" else _codes.packed_shape(p.shape)
+    values = p.shape if mu_dtype == "int8" else _packing.packed_shape(p.shape)
     itemsize: int = jnp.dtype(real_dtype(p.dtype)).itemsize
     return bool(math.prod(values) + itemsize * scales < itemsize * size)
 

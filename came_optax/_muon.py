@@ -12,9 +12,14 @@ from jax.typing import ArrayLike, DTypeLike
 
 from came_optax._boxes import unbox
 from came_optax._came import steady_came
-from came_optax._checks import check_scalar, check_state
+from came_optax._checks import (
+    check_learning_rate,
+    check_regex,
+    check_scalar,
+    check_state,
+)
 from came_optax._factored_axes import FactoringRule
-from came_optax._factoring import BalancedSplit, check_regex
+from came_optax._factoring import BalancedSplit
 from came_optax._hidden import hidden_leaves
 from came_optax._momentum import MuDtype
 from came_optax._muon_update import matrix_transform
@@ -155,10 +160,9 @@ def came_muon(
     check_scalar(
         "rest_learning_rate_scale", rest_learning_rate_scale, at_least=0, below=math.inf
     )
-    if not callable(learning_rate):
-        check_scalar("learning_rate", learning_rate, at_least=0, below=math.inf)
+    check_learning_rate(learning_rate)
     if isinstance(hidden, str):
-        check_regex(hidden, "hidden")
+        check_regex("hidden", hidden)
 
     matrices = transformation(
         matrix_transform(

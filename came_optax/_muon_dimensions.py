@@ -10,7 +10,8 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from came_optax._boxes import unbox
-from came_optax._factored_axes import FactoredAxes, is_int
+from came_optax._checks import is_int
+from came_optax._factored_axes import FactoredAxes
 from came_optax._paths import KeyPath, Shape, path_name
 
 

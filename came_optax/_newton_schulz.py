@@ -11,9 +11,9 @@ from jax.typing import DTypeLike
 
 from came_optax._arrays import wide_dtype
 from came_optax._factored_axes import FactoredAxes
+from came_optax._specs import Names, mesh_axes
 
 Coefficients: TypeAlias = Sequence[tuple[float, float, float]]
-Names: TypeAlias = tuple[str, ...]  # Of mesh axes.
 
 
 def newton_schulz(x: jax.Array, coeffs: Coefficients, dtype: DTypeLike) -> jax.Array:
@@ -130,8 +130,3 @@ def polar_factors(
         y = newton_schulz(matrices(x, place), coeffs, dtype)
         polar.append(leaf(y, x.shape, place).astype(wide_dtype(x.dtype)))
     return polar
-
-
-def mesh_axes(entry: Any) -> Names:
-    """Returns the mesh axes in an entry of a PartitionSpec."""
-    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)

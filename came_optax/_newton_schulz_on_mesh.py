@@ -20,13 +20,12 @@ from came_optax._arrays import wide_dtype
 from came_optax._factored_axes import FactoredAxes
 from came_optax._newton_schulz import (
     Coefficients,
-    Names,
     layout,
     leaf,
     matrices,
-    mesh_axes,
     newton_schulz,
 )
+from came_optax._specs import Names, devices
 
 
 def polar_factors_on_mesh(
@@ -54,14 +53,14 @@ def polar_factors_on_mesh(
     stacks = []
     for (size, names, dtype), members in groups.items():
         # Matrices that are sharded as a batch stay on their devices' part of the mesh.
-        shape = _number(mesh, names[0]), -1, *size
+        shape = devices(mesh, names[0]), -1, *size
         # In float16 what isn't normalised yet could be infinite or 0.
         sent = jnp.float32 if dtype == jnp.float16 else dtype
         parts = [
             matrices(leaves[i], places[i]).astype(sent).reshape(shape) for i in members
         ]
         steps = _exchange(mesh, names)
-        slots = _number(mesh, steps[-1][2])
+        slots = devices(mesh, steps[-1][2])
         x = jnp.concatenate(parts, axis=1)
         stacks.append(_Stack(members, x, dtype, steps, slots))
     _share_rounds(stacks)
@@ -190,10 +189,6 @@ def _exchange(mesh: Any, names: tuple[Names, Names, Names]) -> list[PartitionSpe
         PartitionSpec(batch, None, short + long),
         PartitionSpec(batch, None, short + long + rest),
     ]
-
-
-def _number(mesh: Any, names: Any) -> int:
-    return math.prod(mesh.shape[name] for name in mesh_axes(names))
 
 
 def _constrain(x: jax.Array, mesh: Any, spec: PartitionSpec) -> jax.Array:

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from came_optax._arrays import wide_dtype
 from came_optax._boxes import box_like, unbox
-from came_optax._checks import check_inexact, check_threshold
+from came_optax._checks import as_dtype, call_hint, check_inexact, check_threshold
 from came_optax._factored_axes import (
     FactoredAxes,
     FactoringRule,
@@ -24,7 +24,6 @@ from came_optax._factored_axes import (
     checked_axes,
 )
 from came_optax._factoring import BalancedSplit
-from came_optax._momentum import BY_NAME
 from came_optax._newton_schulz import Coefficients, polar_factors
 from came_optax._newton_schulz_on_mesh import polar_factors_on_mesh
 from came_optax._paths import KeyPath, path_name
@@ -220,15 +219,13 @@ def orthogonalize(
 
 
 def _check_dtype(dtype: Any) -> None:
-    is_array, is_floating = isinstance(dtype, jax.Array), False
-    if not is_array:
-        with contextlib.suppress(TypeError):  # No dtype at all.
-            is_floating = dtype is None or jnp.issubdtype(dtype, jnp.floating)
-    if not is_floating:
-        raise ValueError(
-            "dtype must be a real floating dtype or None (came_muon calls it "
-            f"ns_dtype), got {dtype!r}{BY_NAME if is_array else ''}"
-        )
+    if dtype is not None:
+        given = as_dtype(dtype)
+        if given is None or not jnp.issubdtype(given, jnp.floating):
+            raise ValueError(
+                "dtype must be a real floating dtype or None (came_muon calls it "
+                f"ns_dtype), got {dtype!r}{call_hint(dtype)}"
+            )
 
 
 def _iteration_dtype(x: jax.Array, given: DTypeLike | None, default: DTypeLike) -> Any:

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from came_optax._boxes import unbox
 from came_optax._paths import KeyPath, path_name
-from came_optax._sharding import check_sharding, checked_meshes, is_sharding
+from came_optax._specs import check_sharding, checked_meshes, is_sharding
 
 
 def by_path(params_sharding: Any) -> Mapping[KeyPath, Any]:

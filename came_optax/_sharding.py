@@ -1,6 +1,5 @@
 """Where an optimizer's state lives on a mesh."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,8 +8,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from came_optax._boxes import unbox
 from came_optax._checks import broadcast
-from came_optax._kept_axes import trace_init, trimmed
-from came_optax._paths import KeyPath, owner, path_name
+from came_optax._kept_axes import trace_init
+from came_optax._paths import KeyPath, owner
+from came_optax._specs import (
+    check_sharding,
+    checked_meshes,
+    is_sharding,
+    mesh_axes,
+    trimmed,
+)
 
 
 def state_sharding(
@@ -95,10 +101,9 @@ def _dividing(spec: PartitionSpec, shape: Any, sizes: Any) -> PartitionSpec:
     """Returns the spec without the mesh axes that don't divide their dimension."""
 
     def keep(entry: Any, size: int) -> Any:
-        names = entry if isinstance(entry, tuple) else (entry,)
-        kept = []
+        names, kept = mesh_axes(entry), []
         for name in names:
-            if name is None or size % sizes[name]:
+            if size % sizes[name]:
                 break
             size //= sizes[name]
             kept.append(name)
@@ -107,37 +112,3 @@ def _dividing(spec: PartitionSpec, shape: Any, sizes: Any) -> PartitionSpec:
         return tuple(kept) or None
 
     return trimmed(map(keep, spec, shape))
-
-
-def is_sharding(x: Any) -> bool:
-    return isinstance(x, NamedSharding | PartitionSpec)
-
-
-def checked_meshes(shardings: Sequence[Any]) -> set[Any]:
-    """Returns the mesh of shardings, or nothing if they are specs.
-
-    Raises:
-      TypeError: there are both kinds.
-      ValueError: they are on several meshes.
-    """
-    if len(set(map(type, shardings))) > 1:
-        raise TypeError("params_sharding mixes NamedSharding and PartitionSpec leaves")
-    meshes = {s.mesh for s in shardings if hasattr(s, "mesh")}
-    if len(meshes) > 1:
-        raise ValueError(f"params_sharding names {len(meshes)} meshes, allowed is one")
-    return meshes
-
-
-def check_sharding(path: KeyPath, p: Any, sharding: Any) -> None:
-    """Raises unless ``sharding`` is of a kind, and a rank, that fits a parameter."""
-    if not is_sharding(sharding):
-        raise TypeError(
-            f"params_sharding at {path_name(path)!r} is {sharding!r}; allowed are "
-            "NamedSharding and PartitionSpec"
-        )
-    spec = getattr(sharding, "spec", sharding)
-    if len(spec) > len(p.shape):
-        raise ValueError(
-            f"params_sharding at {path_name(path)!r} is {spec}, for a parameter of "
-            f"shape {p.shape}"
-        )

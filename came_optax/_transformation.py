@@ -16,6 +16,7 @@ from came_optax import _algorithm as algorithm
 from came_optax import _boxes as boxes
 from came_optax import _leaf as leaf
 from came_optax import _momentum as momentum
+from came_optax import _schedules as schedules
 from came_optax._algorithm import Hyperparameters
 from came_optax._checks import (
     check_count,
@@ -111,16 +112,18 @@ class LeafTransform(NamedTuple):
             return h, seen
 
         new_updates, leaves, token = [], [], jnp.zeros([], jnp.float32)
+        by_platform = tuple(schedules.BY_PLATFORM.items())
         for (path, g), leaf_axes, *arrays in zip(
             jax.tree.leaves_with_path(updates), axes, *columns, strict=True
         ):
             old = leaf.Leaf(**dict(zip(trees, arrays, strict=True)))
             dtype = leaf.arithmetic_dtype(old)
-            leaf.check(path, g, old, leaf_axes, self.mu_dtype, dtype)
-            u, new = g, old
-            if g.size > 0:
+            u, new = leaf.upcast(g, dtype), old
+            leaf.check(path, u, old, leaf_axes, self.mu_dtype)
+            if u.size > 0:
+                arguments = (u, old, *numbers(dtype), count, token)
                 u, new = leaf.update(
-                    g, old, *numbers(dtype), count, leaf_axes, dtype, token
+                    *arguments, axes=leaf_axes, by_platform=by_platform
                 )
                 token = leaf.next_token(new, token)
             new_updates.append(u)

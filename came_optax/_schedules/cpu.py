@@ -37,14 +37,16 @@ def normalize(
     """See :class:`Schedule`."""
     if not isinstance(v, Factored):
         return plain.normalize(g, v, h, axes, seen)
-    v = algorithm.average(v, mean_square(anew(lambda g: g, g), h.eps1, axes), h.b2)
+    v = algorithm.average(
+        v, mean_square(recomputed(lambda g: g, g), h.eps1, axes), h.b2
+    )
     of_row, of_col = algorithm.inverse_roots(v, axes)
     if seen is not None:
         of_row = of_row * jnp.sqrt(seen.b2)
     if h.clip is not None:
-        u = anew(product, g, of_row, of_col)()
+        u = recomputed(product, g, of_row, of_col)()
         of_row = of_row / algorithm.excess(u, h.clip, axes)
-    return anew(product, g, of_row, of_col), v
+    return recomputed(product, g, of_row, of_col), v
 
 
 def confide(
@@ -68,7 +70,7 @@ def confide(
         # The change needs a place: that of the leaf before, which has to be done.
         old_m = when_known(old_m, token)
     change = u() - old_m  # u − m, for the new m, is b1 times this.
-    new = mean_square(anew(lambda x: x, change), h.eps2, axes, h.b1)
+    new = mean_square(recomputed(lambda x: x, change), h.eps2, axes, h.b1)
     s = algorithm.average(s, new, h.b3)
     # The new momentum takes the place of the change, which has to be read before.
     b1 = when_known(h.b1, jnp.mean(s.row) + jnp.mean(s.col))
@@ -78,7 +80,7 @@ def confide(
     trust = functools.partial(algorithm.trust, axes=axes, seen=seen)
     delta = trust(m(), u(), s, h)
     if h.update_clip is not None:
-        again = anew(trust, m(), u(), s, h)()
+        again = recomputed(trust, m(), u(), s, h)()
         delta = delta * (1 / algorithm.excess(again, h.update_clip, axes))
     return delta, new_mu, s
 
@@ -100,7 +102,7 @@ def product(g: Array, of_row: Array, of_col: Array) -> Array:
     return g * of_row * of_col
 
 
-def anew(function: Callable[..., T], *inputs: Any) -> Callable[[], T]:
+def recomputed(function: Callable[..., T], *inputs: Any) -> Callable[[], T]:
     """Returns ``function`` of the inputs, to be computed anew at each call.
 
     XLA looks for what is the same, but not through barriers of which no two are alike.

@@ -14,7 +14,7 @@ from came_optax._momentum import Lazy
 from came_optax._schedules import plain
 from came_optax._schedules.plain import Schedule
 
-_SMALL = 40 * 2**20  # Bytes; there are 64 MiB or more.
+_VMEM_BUDGET = 40 * 2**20  # Bytes; there are 64 MiB or more.
 
 
 def normalize(
@@ -25,7 +25,7 @@ def normalize(
     seen: Seen | None,
 ) -> tuple[Lazy, Statistic]:
     """See :class:`Schedule`."""
-    if isinstance(v, Factored) and g.nbytes <= _SMALL:
+    if isinstance(v, Factored) and g.nbytes <= _VMEM_BUDGET:
         # No row statistic is negative, but XLA can't know, and has to make the copy.
         row = jnp.expand_dims(v.row, axes.col)
         g = jax.lax.optimization_barrier(jnp.where(row < 0, jnp.sqrt(row), g))
