@@ -3,7 +3,8 @@
 from came_optax._came import came, steady_came
 from came_optax._codes import Codes
 from came_optax._confidence import ScaleByConfidenceState, scale_by_confidence
-from came_optax._conversion import ConversionReport, conversion_report, convert_state
+from came_optax._conversion import conversion_report, convert_state
+from came_optax._conversion_report import ConversionReport
 from came_optax._factored_axes import FactoredAxes, FactoringRule
 from came_optax._factored_moment import (
     ScaleByFactoredMomentState,

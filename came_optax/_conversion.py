@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -11,10 +10,11 @@ import jax.numpy as jnp
 import optax
 
 from came_optax import _boxes as boxes
-from came_optax._alignment import Part, align, parts
+from came_optax._alignment import align, parts
 from came_optax._arrays import RESIZED, has_axes_of
 from came_optax._carrying import COUNTING, carry, given_hyperparameters
 from came_optax._checks import difference
+from came_optax._conversion_report import ConversionReport, names_of
 from came_optax._kept_axes import kept_axes
 from came_optax._leaf_conversion import KINDS, convert
 from came_optax._paths import KeyPath, owner, path_name
@@ -95,44 +95,6 @@ def convert_state(
             "has as new.init does, and drops what only old has"
         )
     return converted
-
-
-@dataclasses.dataclass(frozen=True)
-class ConversionReport:
-    """What :func:`convert_state` does to a state; ``print`` shows it as a table.
-
-    Parts are named by their class and place in the state, as in
-    ``"ScaleByCameState at '0'"``, single arrays by their path.
-
-    Attributes:
-      kept: parts of the new state, and those of the old that they are, to the last bit.
-      converted: parts of the new state, and those of the old that they are made of.
-      anew: what only the new state has.
-      dropped: what only the old state has.
-    """
-
-    kept: Mapping[str, str]
-    converted: Mapping[str, str]
-    anew: tuple[str, ...]
-    dropped: tuple[str, ...]
-
-    def __str__(self) -> str:
-        """Returns a table of the new state's parts and what else the old one has."""
-        rows = [
-            *(("kept", name, "is", of) for name, of in self.kept.items()),
-            *(("converted", name, "from", of) for name, of in self.converted.items()),
-            *(("anew", name, "", "") for name in self.anew),
-            *(("dropped", "", "", name) for name in self.dropped),
-        ]
-        rows.insert(0, ("", "new state", "", "old state"))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(f"{x:<{n}}" for x, n in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
-        if self.anew or self.dropped:
-            lines.append("convert_state does this with strict=False only")
-        return "\n".join(lines)
 
 
 def conversion_report(
@@ -222,8 +184,8 @@ def _convert(
     report = ConversionReport(
         kept,
         converted,
-        anew=_names(new_parts, in_new - set(carried), by_path),
-        dropped=_names(old_parts, set(in_state) - used, by_path),
+        anew=names_of(new_parts, in_new - set(carried), by_path),
+        dropped=names_of(old_parts, set(in_state) - used, by_path),
     )
     placed: set[int] = set()
 
@@ -254,23 +216,6 @@ def _some(what: str, names: Sequence[str]) -> str:
     """Returns the beginning of an error about the first few names, if there are any."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{what} {', '.join(names[:3])}{more}; " if names else ""
-
-
-def _names(
-    owned: Sequence[Part], arrays: set[KeyPath], params: Mapping[KeyPath, Any]
-) -> tuple[str, ...]:
-    """Returns what arrays are called: whole parts, of a parameter, or alone."""
-    names: dict[str, None] = {}  # In order.
-    for part in owned:
-        left = [path for path in part.arrays if part.path + path in arrays]
-        if len(left) == len(part.arrays):
-            names[str(part)] = None
-            continue
-        for path in left:
-            param, _ = owner(path, params)
-            of = path_name(path) if param is None else path_name(param)
-            names[f"{of!r} of {part}"] = None
-    return tuple(names)
 
 
 def _check_state_of_old(

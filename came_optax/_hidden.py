@@ -16,8 +16,11 @@ from came_optax._paths import KeyPath, path_name, some_names
 # positions, heads, and the vectors of norms and biases.
 _NOT_HIDDEN = re.compile(
     r"""embed|wte|wpe|vocab
-    |(^|[/_])(abs|rel)?pos(ition|emb|enc|[/_]|$)
-    |(?<!multi)(?<!multi_)head(_\d+)?(/|$)|logit|classifi|(^|/)(predictions|score)(/|$)
+    # But not a position-wise feed-forward layer.
+    |(^|[/_])(abs|rel)?pos(?!(ition(al)?)?_?(wise|ff|feed))(ition|emb|enc|[/_]|$)
+    # Nor one of attention's heads.
+    |^(?!.*(attn|attention|multi_?head)\w*/).*(?<!multi)(?<!multi_)head(_\d+)?(/|$)
+    |logit|classifi|readout|(^|/)(predictions|score)(/|$)
     |(^|/)pe(/|$)
     |norm|(^|[/_])rms|(^|/)ln(_\w+|\d+)?(/|$)
     |(^|[/_])(scale|bias|gamma|beta|offset|token)s?(_\d+)?$

@@ -225,7 +225,7 @@ def convert(
       params: the parameters by their paths.
     """
     kind = KINDS[part.kind]
-    olds = [x for x in dict.fromkeys(sources.values())]
+    olds = list(dict.fromkeys(sources.values()))
     alike = [x for x in olds if KINDS[x.kind].algorithm == kind.algorithm]
     count = alike[0].node.count if alike else jnp.array(_LONG_AGO, jnp.int32)
     yield (GetAttrKey("count"),), count

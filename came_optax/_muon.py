@@ -80,8 +80,8 @@ def came_muon(
 
     - By name, these are left out: embeddings (``embed``, ``wte``, ``wpe``, ``vocab``),
       positions (``pos``, ``position``, ``posemb``, ``pe``), heads (``head``,
-      ``lm_head``, ``logits``, ``classifier``, ``predictions``, ``score``), norms
-      (``norm``, ``rms``, ``ln``) and what is called ``scale``, ``bias``, ``b``,
+      ``lm_head``, ``logits``, ``classifier``, ``readout``, ``predictions``, ``score``),
+      norms (``norm``, ``rms``, ``ln``) and what is called ``scale``, ``bias``, ``b``,
       ``gamma``, ``beta``, ``offset`` or ``token``.
     - So is all that the rule doesn't factor, and what has one row or one column: a
       vector, or with ``Stacked`` a stack of vectors.

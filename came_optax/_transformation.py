@@ -60,7 +60,7 @@ class TreeTransform(Protocol):
 
 
 class LeafTransform(NamedTuple):
-    """The same for every leaf: a :class:`TreeTransform` of the algorithm, or of a part.
+    """Updates every leaf by the algorithm or by the same part of it.
 
     Attributes:
       made_by: see :class:`TreeTransform`.
@@ -141,9 +141,9 @@ def transformation(
 
     Args:
       transform: what to do.
-      *then: what else is done to the updates before they are rounded to the
-        parameters' dtype. Each is given the parameters as the user gives them; the
-        state is then a tuple, as that of ``optax.chain``.
+      *then: transformations that follow, of updates that aren't rounded yet. Each is
+        given the parameters as the user gives them; the state is then a tuple, as that
+        of ``optax.chain``.
     """
     check_rule(transform.factoring)
     rest: Any = optax.chain(*then) if then else None
@@ -192,7 +192,7 @@ def transformation(
 def _split(
     transform: TreeTransform, state: State, others: int
 ) -> tuple[State, tuple[Any, ...]]:
-    """Returns the transform's state and those of what is done then."""
+    """Returns the transform's state, and those of the transformations that follow."""
     if not others:
         check_state(state, transform.state_type, transform.made_by)
         return state, ()

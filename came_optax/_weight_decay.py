@@ -1,4 +1,4 @@
-"""Weight decay of updates that are wider than the parameters."""
+"""Weight decay that doesn't round updates to the parameters' dtype."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from came_optax._checks import checked_mask
 def add_decayed_weights(
     weight_decay: Any, mask: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """``optax.add_decayed_weights`` of updates wider than the parameters.
-
-    The mask, or what it returns for the parameters, is checked.
+    """``optax.add_decayed_weights`` in the updates' dtype, with a mask that is checked.
 
     Raises:
       TypeError: the mask is a single bool.

@@ -64,12 +64,15 @@ def steps(tx, params, count=3):
         (
             "MultiHeadDotProductAttention_0/query/kernel MlpBlock_0/Dense_0/kernel "
             "attention/multi_head/out/kernel encoder/layer/0/output/dense/kernel "
-            "decoder/layers_0/mlp/wi_0/kernel gate/kernel compose/kernel",
+            "decoder/layers_0/mlp/wi_0/kernel gate/kernel compose/kernel "
+            "PositionWiseFFN_0/Dense_0/kernel layer/pos_ffn/w_1/kernel "
+            "positionwise_feed_forward/kernel position_ff/kernel "
+            "MultiHeadAttention_0/Head_0/Dense_0/kernel attn/head_1/key/kernel",
             "embedding/kernel posembed_input/pos_embedding head/kernel "
             "lm_head/kernel LMHead_0/Dense_0/kernel Embed_0/embedding logits/kernel "
             "q_norm/scale query_norm/weight scale pos_emb position/table "
             "relpos_bias/rel_embedding classifier/kernel wpe/w mask_token pe "
-            "mlp/b_in",
+            "readout/kernel mlp/b_in",
         ),
         (
             "decoder/layers/self_attention/query/kernel layer_0/mlp/linear "

@@ -6,6 +6,7 @@ method's state takes.
 """
 
 import collections
+import functools
 import json
 import pathlib
 import statistics
@@ -33,10 +34,16 @@ def read(name):
     return runs, taken
 
 
+@functools.cache
+def study():
+    """Returns the study's results."""
+    read = protocol.read(RESULTS / "study" / "protocol.md")
+    return report.Results(read, RESULTS / "study")
+
+
 def judged(task):
     """Returns {optimizer: {seed: run}} of a task of the study."""
-    study = protocol.read(RESULTS / "study" / "protocol.md")
-    return report.Results(study, RESULTS / "study").judged(task)
+    return study().judged(task)
 
 
 def losses(by_seed):
