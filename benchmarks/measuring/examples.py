@@ -10,6 +10,7 @@ from measuring import ROOT
 
 sys.path.append(str(ROOT / "examples"))
 
+from comparing.log import replacing
 from compile_for import make_task
 from compiling import ahead_of_time, hlo, topologies
 from compiling.collectives import collectives
@@ -47,6 +48,7 @@ __all__ = [
     "next_token_loss",
     "of_columns",
     "param_shardings",
+    "replacing",
     "t5",
     "topologies",
     "traffic",

@@ -1,13 +1,12 @@
 """Where benchmarks write what they measured."""
 
 import json
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from measuring import ROOT
-from measuring.examples import of_columns
+from measuring.examples import of_columns, replacing
 
 DEFAULT = ROOT / "benchmarks" / "results"
 
@@ -15,9 +14,8 @@ DEFAULT = ROOT / "benchmarks" / "results"
 def replace(path: pathlib.Path, text: str) -> None:
     """Writes a file that is whole whenever the process ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(text + "\n", encoding="utf-8")
-    os.replace(new, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def write(
